@@ -1,0 +1,28 @@
+# make demo | test | check | venv      each creates .venv when it is missing
+VENV ?= .venv
+PYTHON ?= python3
+PIP_FLAGS ?=
+BIN := $(VENV)/bin
+
+.PHONY: demo test check venv
+
+demo: venv
+	$(BIN)/python examples/demo.py
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+venv: $(VENV)/.ready
+
+# torch comes first and pinned: unpinned, a registry would send a build with gigabytes of CUDA.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch==2.13.0
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev]"
+	touch $@

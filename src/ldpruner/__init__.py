@@ -1,0 +1,78 @@
+"""Prune latent diffusion models by what each operator does to the generated latents.
+
+    import ldpruner
+
+    pruned = ldpruner.prune("zoo:fashion", budget={"latency": "65%"})
+    pruned.save_pretrained("fashion-65")
+
+Importing this brings neither torch nor diffusers: names are imported when they are first used. It does tell diffusers how
+to load pruned models, should diffusers be imported too.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ldpruner import _imports
+from ldpruner.errors import LDPrunerError
+from ldpruner.plan import Budget, Edit, Plan
+from ldpruner.probes import Probe
+
+if TYPE_CHECKING:
+    from ldpruner.artifacts import save
+    from ldpruner.benchmarking import compare_calls
+    from ldpruner.operators import discover
+    from ldpruner.pipelines import Pipeline, load
+    from ldpruner.planning import plan
+    from ldpruner.scoring import Run, score
+    from ldpruner.surgery import prune_, trial
+    from ldpruner.workflow import Pruned, apply, prune
+
+__version__ = "0.1.0"
+
+_LAZY = {
+    "Pipeline": "pipelines",
+    "Pruned": "workflow",
+    "Run": "scoring",
+    "apply": "workflow",
+    "compare_calls": "benchmarking",
+    "discover": "operators",
+    "load": "pipelines",
+    "plan": "planning",
+    "prune": "workflow",
+    "prune_": "surgery",
+    "save": "artifacts",
+    "score": "scoring",
+    "trial": "surgery",
+}
+
+__all__ = [
+    "Budget",
+    "Edit",
+    "LDPrunerError",
+    "Pipeline",
+    "Plan",
+    "Probe",
+    "Pruned",
+    "Run",
+    "apply",
+    "compare_calls",
+    "discover",
+    "load",
+    "plan",
+    "prune",
+    "prune_",
+    "save",
+    "score",
+    "trial",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'ldpruner' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ldpruner.{_LAZY[name]}"), name)
+
+
+_imports.arrange()

@@ -1,0 +1,5 @@
+"""`python -m ldpruner`."""
+
+from ldpruner.cli import main
+
+main()

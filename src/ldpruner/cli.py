@@ -1,0 +1,356 @@
+"""The command line: arguments to one stage, results to files, errors as one line with exit code 2.
+
+Torch and diffusers are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from ldpruner.errors import BudgetError, LDPrunerError
+from ldpruner.probes import Probe
+
+if TYPE_CHECKING:
+    from ldpruner.pipelines import Pipeline
+    from ldpruner.plan import Score
+
+Command = Callable[..., Any]
+Settings = dict[str, Any]
+
+FOLDER = click.Path(path_type=Path)
+STYLE = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")}
+
+
+def _stacked(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several decorators as one, the first outermost."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; the rest goes to stderr.")
+model = click.argument("model", metavar="MODEL")
+loading = _stacked(
+    click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), show_default=True),
+    click.option("--device", help="Where to run, such as cpu or cuda:0; a GPU is used where there is one."),
+    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option("--variant", help="Weights variant, such as fp16."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that a model brings along; pruned models need none of it."),
+)
+prompting = _stacked(
+    click.option("--prompt", "prompts", multiple=True, help="A text prompt; give several, and samples take them in turn."),
+    click.option("--guidance-scale", type=float, help="The pipeline's own by default."),
+)
+probing = _stacked(
+    click.option("--samples", default=16, show_default=True, help="Latents generated for each candidate."),
+    click.option("--num-inference-steps", "--steps", default=10, show_default=True, help="Denoising steps of a generation."),
+    click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i."),
+    prompting,
+    click.option("--batch-size", type=click.IntRange(1), help="Samples in one denoiser call; all of them by default."),
+    click.option("--method", default="paper", show_default=True, help="How operators are scored."),
+)
+replacing = click.option("--replacements", help="Only these, with commas: identity, zero, shortcut, pointwise.")
+choosing = _stacked(
+    click.option("--budget", "budgets", multiple=True, help="latency=65%, macs=2e9, params=70%; several all hold."),
+    click.option(
+        "--selection", default="order", show_default=True, help="What goes first: order (lowest score), ratio (score per saving)."
+    ),
+)
+
+
+@click.group(context_settings=STYLE)
+@click.version_option(package_name="ldpruner")
+def app() -> None:
+    """Make latent diffusion models smaller and faster. MODEL is a diffusers folder, a hub id, or zoo:NAME."""
+
+
+@app.command()
+@model
+@as_json
+@loading
+def inspect(model: str, as_json: bool, **settings: Any) -> None:
+    """List every operator that can be replaced, with shapes, costs and measured times."""
+    from ldpruner import reporting
+    from ldpruner.operators import discover
+
+    pipeline = _load(model, settings)
+    operators = discover(pipeline.denoiser, pipeline.call(Probe()))
+    removable = [operator for operator in operators.operators if operator.candidates]
+    if as_json:
+        _print_json(operators.to_json() | {"removable": len(removable), "pairs": len(operators.pairs())})
+        return
+    print(reporting.printed(reporting.operator_table(operators), width=160))
+    print(reporting.operators_line(operators))
+
+
+@app.command()
+@model
+@click.option("--out", type=FOLDER, required=True, help="The run folder; an interrupted run there goes on where it stopped.")
+@probing
+@replacing
+@as_json
+@loading
+def score(
+    model: str, out: Path, method: str, batch_size: int | None, replacements: str | None, as_json: bool, **settings: Any
+) -> None:
+    """Score every operator by what replacing it does to the generated latents."""
+    from ldpruner import scoring
+
+    probe = _probe(settings)
+    run = scoring.score(
+        _load(model, settings),
+        probe,
+        method=method,
+        replacements=_names(replacements),
+        out=out,
+        batch_size=batch_size,
+        progress=_progress,
+    )
+    ranked = sorted(run.scores, key=lambda entry: entry.score)
+    if as_json:
+        _print_json({"out": str(out), "operators": len({s.operator for s in ranked}), "scores": len(ranked)})
+        return
+    print(f"{len(ranked)} scores of {len({entry.operator for entry in ranked})} operators in {out}. The ten that matter least:")
+    for entry in ranked[:10]:
+        print(f"  {entry.score:10.5f}  {entry.replacement:<10} {entry.operator}")
+
+
+@app.command()
+@click.argument("run", type=FOLDER)
+@click.option("--out", type=FOLDER, required=True, help="Where to write the plan.")
+@choosing
+@replacing
+@as_json
+@loading
+def plan(
+    run: Path, out: Path, budgets: tuple[str, ...], selection: str, replacements: str | None, as_json: bool, **settings: Any
+) -> None:
+    """Choose what to remove under a budget, from the scores in RUN; latency is measured until it holds."""
+    from ldpruner import planning, reporting, scoring
+
+    budget = _budget(budgets)
+    scored = scoring.Run.load(run)
+    pipeline = _load(scored.source, settings)
+    made = planning.plan(pipeline, scored, budget, selection=selection, replacements=_names(replacements))
+    made.plan.save(out)
+    measured = made.measured.ratio.value if made.measured else None
+    if as_json:
+        predicted = {f"predicted_{quantity}_ratio": value for quantity, value in made.plan.predicted.items()}
+        _print_json({"out": str(out), "edits": len(made.plan.edits), "latency_ratio": measured, **predicted})
+        return
+    print(reporting.printed(reporting.plan_table(made.plan)))
+    shares = ", ".join(f"{quantity} {reporting.percent(value)}" for quantity, value in made.plan.predicted.items())
+    print(f"Predicted to be left: {shares}." + (f" Measured latency: {reporting.percent(measured)}." if measured else ""))
+    print(f"Written to {out}.")
+
+
+@app.command()
+@model
+@click.option("--out", type=FOLDER, required=True, help="Where to write the pruned pipeline.")
+@choosing
+@click.option("--plan", "plan_file", type=FOLDER, help="Prune by this plan instead of scoring and planning.")
+@click.option("--run", type=FOLDER, help="Keep scores in this folder, and reuse them from there.")
+@click.option("--form", default="portable", show_default=True, help="How to save: portable, plugin or dense.")
+@probing
+@replacing
+@as_json
+@loading
+def prune(
+    model: str,
+    out: Path,
+    budgets: tuple[str, ...],
+    selection: str,
+    plan_file: Path | None,
+    run: Path | None,
+    form: str,
+    method: str,
+    batch_size: int | None,
+    replacements: str | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Score, plan, prune and save in one go, or prune by a plan that exists."""
+    from ldpruner import artifacts, reporting, workflow
+    from ldpruner.files import check_writable
+    from ldpruner.plan import Plan
+
+    artifacts.check_form(form)
+    if bool(budgets) == bool(plan_file):
+        raise BudgetError("give either --budget, such as --budget latency=65%, or --plan FILE.")
+    given = Plan.load(plan_file) if plan_file else None
+    budget = _budget(budgets) if budgets else None
+    check_writable(out)
+    pruned = workflow.prune(
+        _load(model, settings),
+        budget,
+        plan=given,
+        probe=_probe(settings),
+        run=run,
+        method=method,
+        selection=selection,
+        replacements=_names(replacements),
+        batch_size=batch_size,
+        progress=_progress,
+    )
+    pruned.save_pretrained(out, form=form)
+    if as_json:
+        _print_json({**pruned.summary(), "out": str(out)})
+        return
+    print(reporting.printed(reporting.comparison_table(pruned.record())))
+    print(f"{len(pruned.plan.edits)} operators replaced, latent shift {pruned.latent_shift:.4g}. Written to {out}; load it with\n")
+    print(artifacts.loading_lines(str(out), form))
+
+
+@app.command()
+@model
+@click.option("--out", type=FOLDER, required=True, help="The folder for the pictures.")
+@click.option("-n", "--samples", default=16, show_default=True, type=click.IntRange(1), help="How many.")
+@click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation.")
+@click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i.")
+@prompting
+@click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Samples in one denoiser call.")
+@as_json
+@loading
+def sample(model: str, out: Path, batch_size: int, as_json: bool, **settings: Any) -> None:
+    """Generate pictures: one file for each seed, and a sheet of all of them."""
+    from ldpruner import reporting
+    from ldpruner.files import check_writable
+
+    probe = _probe(settings)
+    check_writable(out)
+    pictures = _load(model, settings).images(probe, batch_size=batch_size)
+    names = reporting.save_images(pictures, out, first_seed=probe.seed)
+    if as_json:
+        _print_json({"out": str(out), "files": names})
+        return
+    print(f"{len(names)} pictures in {out}, and all of them in {out / 'sheet.png'}.")
+
+
+@app.command()
+@model
+@click.option("--against", metavar="MODEL", help="Another model, timed in the same run, taking turns.")
+@click.option("--rounds", default=31, show_default=True, type=click.IntRange(2), help="Pairs of readings.")
+@click.option("--samples", default=1, show_default=True, type=click.IntRange(1), help="Samples of a generation.")
+@click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation.")
+@click.option("--seed", default=0, show_default=True)
+@prompting
+@as_json
+@loading
+def benchmark(model: str, against: str | None, rounds: int, as_json: bool, **settings: Any) -> None:
+    """Time one denoiser call and a whole generation; with --against, two models in turn, and their ratio."""
+    from ldpruner import benchmarking, reporting
+
+    probe = _probe(settings)
+    loaded = [_load(name, settings) for name in (model, against) if name]
+    result = benchmarking.benchmark(*loaded, probe=probe, rounds=rounds)
+    if as_json:
+        _print_json(result)
+        return
+    print(reporting.printed(reporting.benchmark_table(result)))
+    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+
+
+@app.group()
+def zoo() -> None:
+    """The small trained pipelines that ship with the package."""
+
+
+@zoo.command("train")
+@click.argument("name")
+@click.option("--data", type=FOLDER, required=True, help="The folder of training data.")
+@click.option("--out", type=FOLDER, required=True, help="Where to write the trained pipeline.")
+@click.option("--work", type=FOLDER, help="Checkpoints and logs, OUT-training by default; a run that stopped goes on from there.")
+@click.option("--reduced", is_flag=True, help="A few steps of everything: tries the command, trains nothing worth keeping.")
+@as_json
+def zoo_train(name: str, data: Path, out: Path, work: Path | None, reduced: bool, as_json: bool) -> None:
+    """Train a pipeline of the zoo from nothing: its networks, its judge, its measurements and its card."""
+    from ldpruner.files import check_writable
+    from ldpruner.zoo import commands
+
+    check_writable(out)
+    figures = commands.train(name, data=data, out=out, work=work or out.with_name(out.name + "-training"), reduced=reduced)
+    print(json.dumps(figures, indent=None if as_json else 2))
+
+
+def main() -> None:
+    """Run the command line; what the user can mend ends as one line on stderr and exit code 2."""
+    _quieten()
+    try:
+        app(standalone_mode=False)
+    except click.ClickException as error:
+        _fail(error.format_message(), 2)
+    except (click.Abort, KeyboardInterrupt):
+        _fail("interrupted; what was written so far is kept.", 130)
+    except LDPrunerError as error:
+        _fail(str(error), error.exit_code)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"ldpruner: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _quieten() -> None:
+    """Keep other libraries' notices out of the way of ours; LDPRUNER_LOG=INFO shows what is chosen and why."""
+    logging.basicConfig(stream=sys.stderr, format="%(message)s", level=os.environ.get("LDPRUNER_LOG", "WARNING"))
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    warnings.filterwarnings("ignore")
+
+
+def _load(model: str, settings: Settings) -> Pipeline:
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+
+    from ldpruner.pipelines import load
+
+    diffusers_logging.disable_progress_bar()
+    names = ("device", "revision", "variant", "trust_remote_code")
+    return load(model, dtype=getattr(torch, settings["dtype"]), **{name: settings[name] for name in names})
+
+
+def _probe(settings: Settings) -> Probe:
+    names = ("samples", "num_inference_steps", "seed", "guidance_scale")
+    return Probe(prompts=settings["prompts"], **{name: settings[name] for name in names})
+
+
+def _budget(given: tuple[str, ...]) -> dict[str, str | float]:
+    from ldpruner.plan import parse_budgets
+
+    budget: dict[str, str | float] = {}
+    for entry in given:
+        quantity, equals, limit = entry.partition("=")
+        if not equals:
+            raise BudgetError(f"budget {entry!r}: say QUANTITY=LIMIT, such as latency=65%.")
+        budget[quantity.strip()] = limit
+    parse_budgets(budget)
+    return budget
+
+
+def _names(given: str | None) -> list[str] | None:
+    return [name.strip() for name in given.split(",") if name.strip()] if given else None
+
+
+def _progress(scores: Iterable[Score], done: int, total: int) -> Iterable[Score]:
+    from tqdm.auto import tqdm
+
+    bar: Iterable[Score] = tqdm(scores, initial=done, total=total, desc="scoring", unit="candidate", file=sys.stderr)
+    return bar
+
+
+def _print_json(data: Any) -> None:
+    print(json.dumps(data, allow_nan=False))

@@ -1,0 +1,1 @@
+"""How good generated samples are, by published metrics."""

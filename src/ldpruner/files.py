@@ -1,0 +1,119 @@
+"""Files that are whole or absent: written aside, then renamed. No torch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ldpruner.errors import ArtifactError, LDPrunerError
+
+
+@contextmanager
+def staged_folder(target: Path) -> Iterator[Path]:
+    """A scratch folder that becomes `target` when the block ends well, and vanishes when it does not.
+
+    An existing `target` is replaced in whole. Raises `ArtifactError` where the disk refuses.
+    """
+    scratch = _scratch_beside(target)
+    try:
+        yield scratch
+        _replace_folder(scratch, target)
+    except LDPrunerError:
+        raise
+    except Exception as error:
+        if not refused_by_disk(error):
+            raise
+        raise ArtifactError(
+            f"{target}: cannot be written ({error}). Nothing was left behind; free space or name another folder."
+        ) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def refused_by_disk(error: BaseException) -> bool:
+    """Whether the file system, not our code, is the cause; safetensors wraps the system's error in a class of its own."""
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError"
+
+
+def check_writable(target: Path) -> None:
+    """Raise `ArtifactError` now, not after hours of work, where a folder `target` could not be written."""
+    _scratch_beside(target).rmdir()
+
+
+def _scratch_beside(target: Path) -> Path:
+    if target.exists() and not target.is_dir():
+        raise ArtifactError(f"{target}: is a file; name a folder to write to.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        scratch.chmod(0o755)
+    except OSError as error:
+        raise ArtifactError(f"{target}: cannot be written ({error.strerror}). Name a folder that you may write to.") from error
+    return scratch
+
+
+def _replace_folder(scratch: Path, target: Path) -> None:
+    if not target.exists():
+        scratch.rename(target)
+        return
+    retired = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent)) / "old"
+    target.rename(retired)
+    try:
+        scratch.rename(target)
+    except OSError:
+        retired.rename(target)
+        raise
+    finally:
+        shutil.rmtree(retired.parent, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` so that a reader sees the old file or the new one, never half of it. Raises `ArtifactError`."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror}).") from error
+    scratch = Path(name)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        scratch.chmod(0o644)
+        scratch.replace(path)
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be written ({error.strerror}).") from error
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write `data` as indented JSON, whole or not at all."""
+    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+
+
+def append_json_line(path: Path, data: Any) -> None:
+    """Append one line and hand it to the system before returning, so that a killed run keeps it."""
+    try:
+        with path.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(data, allow_nan=False) + "\n")
+    except OSError as error:
+        raise ArtifactError(
+            f"{path}: cannot be appended to ({error.strerror}). The lines before it are kept; free space and run again."
+        ) from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """Every whole line of a JSONL file; a last line that a killed process left unfinished is cut from the file."""
+    if not path.exists():
+        return []
+    raw = path.read_bytes()
+    whole = raw[: raw.rfind(b"\n") + 1]
+    if len(whole) < len(raw):
+        write_text(path, whole.decode("utf-8"))
+    return [json.loads(line) for line in whole.splitlines() if line.strip()]

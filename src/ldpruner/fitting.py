@@ -1,0 +1,102 @@
+"""Weights of pointwise stand-ins: ridge regression of an operator's output on its input, over generated latents."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldpruner.ldpruner_v1 import StandIn, resample
+from ldpruner.pipelines import Pipeline
+from ldpruner.probes import Probe
+from ldpruner.replacements import channel_axis
+
+log = logging.getLogger(__name__)
+
+Options = Mapping[str, Any]
+Weights = dict[str, tuple[Tensor, Tensor]]
+MOMENT_BYTES = 256 * 2**20  # operators are fitted in groups, so that the sums of one group stay below this
+
+
+def fit_pointwise(pipeline: Pipeline, wanted: Mapping[str, Options], probe: Probe, *, ridge: float = 1e-4) -> Weights:
+    """The weight `(out, in)` and bias `(out,)` that map each operator's input to its output with the least squared error.
+
+    `wanted` gives operators with the options of their pointwise stand-ins. The activations are those of the original on
+    the probe's whole trajectories. `ridge` is relative to the mean second moment of the inputs; the bias is not shrunk.
+    """
+    weights: Weights = {}
+    for group in _groups(wanted):
+        moments = {name: _Moments.empty(options["channels"]) for name, options in group.items()}
+        with ExitStack() as stack:
+            for name, options in group.items():
+                hook = pipeline.denoiser.get_submodule(name).register_forward_hook(_watch(moments[name], options), with_kwargs=True)
+                stack.callback(hook.remove)
+            pipeline.latents(probe)
+        weights |= {name: moment.solve(ridge) for name, moment in moments.items()}
+        log.info("fitted %d of %d pointwise stand-ins", len(weights), len(wanted))
+    return weights
+
+
+@dataclass
+class _Moments:
+    """Sums over every position seen: inputs with a one appended, against themselves and against outputs."""
+
+    inputs: Tensor  # (in + 1, in + 1)
+    crossed: Tensor  # (in + 1, out)
+
+    @classmethod
+    def empty(cls, channels: list[int]) -> _Moments:
+        width, out = channels[0] + 1, channels[1]
+        return cls(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, out, dtype=torch.float64))
+
+    def add(self, given: Tensor, made: Tensor) -> None:
+        """Take in rows `(positions, in)` and `(positions, out)`."""
+        rows = torch.cat([given, given.new_ones(len(given), 1)], dim=1)
+        self.inputs += (rows.T @ rows).double().cpu()
+        self.crossed += (rows.T @ made).double().cpu()
+
+    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
+        """Ridge regression: (X^T X + r I) W = X^T Y."""
+        penalty = self.inputs.diagonal()[:-1].mean() * ridge + torch.finfo(torch.float64).tiny
+        damped = self.inputs.clone()
+        damped.diagonal()[:-1] += penalty
+        solution = torch.linalg.lstsq(damped, self.crossed, driver="gelsd").solution.float()
+        return solution[:-1].T.contiguous(), solution[-1].contiguous()
+
+
+def _watch(moments: _Moments, options: Options) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        given = resample(StandIn.pick(options["source"], args, kwargs), options["grid"])
+        moments.add(_rows(given), _rows(output))
+
+    return hook
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    axis = channel_axis(tensor)
+    return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis]).float()
+
+
+def _groups(wanted: Mapping[str, Options]) -> Iterator[dict[str, Options]]:
+    group: dict[str, Options] = {}
+    size = 0
+    for name, options in wanted.items():
+        width, out = options["channels"][0] + 1, options["channels"][1]
+        needed = 8 * width * (width + out)
+        if group and size + needed > MOMENT_BYTES:
+            yield group
+            group, size = {}, 0
+        group[name] = options
+        size += needed
+    if group:
+        yield group
+
+
+def pointwise_wanted(edits: Iterable[Any]) -> dict[str, Options]:
+    """The operators, with options, that need fitted weights among edits."""
+    return {edit.operator: edit.options for edit in edits if edit.replacement == "pointwise"}

@@ -1,0 +1,200 @@
+"""What a pruned denoiser needs to load in plain diffusers: the stand-ins, and the loader that puts them in place.
+
+This file is constant. ldpruner uses it, and copies it unchanged beside the weights of every model that it saves in the
+portable form; what was removed is not written here but in the model's config.json, under "quantization_config", which
+diffusers hands to a loader before it reads the weights. It imports torch and diffusers, nothing else.
+
+Apache-2.0, https://pypi.org/project/ldpruner
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Any
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers.quantizers import auto
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from torch import Tensor, nn
+
+FORMAT_VERSION = 1
+
+
+def __getattr__(name: str) -> Any:
+    """Any class of diffusers under its own name: model_index.json names this file as the library of the denoiser."""
+    return getattr(diffusers, name)
+
+
+class StandIn(nn.Module):
+    """Takes the place of an operator: any arguments in, the operator's own output structure out.
+
+    `options` is JSON. An input is named as `[position, keyword]`, since callers pass it either way.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__()
+        self.options = options
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.options.items())
+
+    @staticmethod
+    def pick(source: list[Any] | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The argument that `source` names; None where the operator gave None."""
+        if source is None:
+            return None
+        position, keyword = source
+        return kwargs[keyword] if keyword in kwargs else args[position]
+
+
+class Identity(StandIn):
+    """Returns its input. Options: `returns`, one source, or a list of sources for an operator that gives a tuple."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        returns = self.options["returns"]
+        if self.options["many"]:
+            return tuple(self.pick(source, args, kwargs) for source in returns)
+        return self.pick(returns[0], args, kwargs)
+
+
+class Zero(StandIn):
+    """Returns zeros that hold no memory. Options: `returns`, per output a source and a shape made from the source's."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        zeros = tuple(self._zeros(self.pick(piece["source"], args, kwargs), piece["shape"]) for piece in self.options["returns"])
+        return zeros if self.options["many"] else zeros[0]
+
+    @staticmethod
+    def _zeros(like: Tensor, shape: list[Any]) -> Tensor:
+        """A dimension is a number, or `[dimension of the input, numerator, denominator]`."""
+        sizes = [size if isinstance(size, int) else like.shape[size[0]] * size[1] // size[2] for size in shape]
+        return like.new_zeros(()).expand(sizes)
+
+
+class Shortcut(StandIn):
+    """Keeps one child of a block, the one on its skip path. Options: `source`, `child` (its name), `scale`."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kept = self.get_submodule(self.options["child"])(self.pick(self.options["source"], args, kwargs))
+        return kept if self.options["scale"] == 1.0 else kept * self.options["scale"]
+
+
+class Pointwise(StandIn):
+    """A linear map over channels at every position, on a resampled grid. Options: `source`, `channels`, `grid`.
+
+    `channels` is `[in, out]`; `grid` is None where the operator keeps its grid, else the scale per spatial dimension as
+    `[numerator, denominator]`. Channels are the second dimension from rank 4 on, else the last.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        self.map = nn.Linear(*options["channels"])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inputs: Tensor = resample(self.pick(self.options["source"], args, kwargs), self.options["grid"])
+        if inputs.ndim < 4:
+            mapped: Tensor = self.map(inputs)
+            return mapped
+        kernel = self.map.weight.view(*self.map.weight.shape, *(1,) * (inputs.ndim - 2))
+        convolve = F.conv2d if inputs.ndim == 4 else F.conv3d
+        return convolve(inputs, kernel, self.map.bias)
+
+
+def resample(inputs: Tensor, grid: list[list[int]] | None) -> Tensor:
+    """Bring the spatial dimensions of `(n, channels, ...)` to `size * numerator / denominator` each."""
+    if grid is None:
+        return inputs
+    sizes = [size * up // down for size, (up, down) in zip(inputs.shape[2:], grid, strict=True)]
+    if all(new <= old for new, old in zip(sizes, inputs.shape[2:], strict=True)):
+        return F.adaptive_avg_pool2d(inputs, sizes) if inputs.ndim == 4 else F.adaptive_avg_pool3d(inputs, sizes)
+    return F.interpolate(inputs, sizes, mode="nearest")
+
+
+STAND_INS: dict[str, type[StandIn]] = {"identity": Identity, "zero": Zero, "shortcut": Shortcut, "pointwise": Pointwise}
+
+
+def build(replacement: str, options: dict[str, Any], original: nn.Module) -> StandIn:
+    """The stand-in for `original`; a shortcut takes the child that it keeps from there."""
+    stand_in = STAND_INS[replacement](options)
+    if isinstance(stand_in, Shortcut):
+        stand_in.add_module(options["child"], original.get_submodule(options["child"]))
+    return stand_in
+
+
+def install(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
+    """Put the stand-ins of `{dotted path: {"replacement": name, "options": {...}}}` into `model`, in place."""
+    for path, entry in operators.items():
+        original = model.get_submodule(path)
+        stand_in = build(entry["replacement"], entry["options"], original)
+        parameter = next(original.parameters(), None)
+        if isinstance(stand_in, Pointwise) and parameter is not None:
+            stand_in.to(device=parameter.device, dtype=parameter.dtype)
+        parent, _, name = path.rpartition(".")
+        model.get_submodule(parent)._modules[name] = stand_in.train(original.training)
+
+
+class Method(str, Enum):
+    """The name under which diffusers finds the loader; it asks for an enumeration.
+
+    Where the loader is missing, diffusers prints this name in its error, so the name says what to do.
+    """
+
+    LDPRUNER = "ldpruner (pip install ldpruner, then import ldpruner before loading)"
+
+
+class LDPrunerConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """The part of config.json that says what was removed."""
+
+    def __init__(self, operators: dict[str, Any], format_version: int, quant_method: str = Method.LDPRUNER.value) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"this model was pruned with ldpruner's format {format_version}, and this loader reads {FORMAT_VERSION}: "
+                "update with `pip install --upgrade ldpruner`"
+            )
+        self.quant_method = Method(quant_method)
+        self.format_version = format_version
+        self.operators = operators
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": self.quant_method.value, "format_version": self.format_version, "operators": self.operators}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class LDPrunerQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+    """Edits the empty model before diffusers fills in the weights; no weight is quantized."""
+
+    use_keep_in_fp32_modules = True
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        with torch.device("meta"):
+            install(model, self.quantization_config.operators)
+        model.register_to_config(quantization_config=self.quantization_config.to_dict())
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model.is_quantized = False  # else diffusers refuses .to(dtype) and .half()
+        return model
+
+    def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
+        if missing_keys:
+            raise ValueError(
+                f"ldpruner: the weights of this pruned model lack {len(missing_keys)} tensors, first {missing_keys[0]}: "
+                "its config.json and its weights do not belong together"
+            )
+        return missing_keys
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+
+auto.AUTO_QUANTIZER_MAPPING[Method.LDPRUNER.value] = LDPrunerQuantizer
+auto.AUTO_QUANTIZATION_CONFIG_MAPPING[Method.LDPRUNER.value] = LDPrunerConfig

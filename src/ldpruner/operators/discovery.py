@@ -1,0 +1,194 @@
+"""Every operator that can be replaced, and what that saves: from one traced call and a dry run per replacement."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldpruner.errors import PipelineError
+from ldpruner.ldpruner_v1 import build, install
+from ldpruner.operators.timing import device_of, time_modules, time_pointwise
+from ldpruner.operators.tracing import Call, Trace, Traced, architecture, meta_copy, tensors_in, trace, unreached_parameters
+from ldpruner.plan import Candidate, Cost, Edit, Operator, Operators, dead_edit, outermost, within
+from ldpruner.replacements import REPLACEMENTS, pointwise_cost, zeros_like_output
+
+log = logging.getLogger(__name__)
+
+
+def discover(denoiser: nn.Module, call: Call, *, timing_repeats: int = 9) -> Operators:
+    """Find every module that a registered replacement fits, and time it on the device that it is on.
+
+    A module qualifies when the call runs it exactly once. Every pair of operator and replacement has run, on the meta
+    device, in the module around it. `timing_repeats=0` leaves times at 0. Raises `PipelineError` where the denoiser cannot
+    be traced.
+    """
+    dry = call.to("meta")
+    skeleton = meta_copy(denoiser)
+    try:
+        traced = trace(skeleton, dry)
+    except (RuntimeError, NotImplementedError) as error:
+        raise PipelineError(f"{type(denoiser).__name__}: its call cannot be traced without weights ({error}).") from error
+    found = _Survey(skeleton, traced, batch=call.batch).operators()
+    total = Cost(params=_params(denoiser), macs=traced.macs // call.batch)
+    operators = Operators(
+        model=architecture(denoiser),
+        denoiser=type(denoiser).__name__,
+        device=str(device_of(denoiser)),
+        total=total,
+        operators=tuple(found),
+    )
+    return with_times(operators, denoiser, call, repeats=timing_repeats) if timing_repeats else operators
+
+
+def with_times(operators: Operators, denoiser: nn.Module, call: Call, *, repeats: int) -> Operators:
+    """The same operators with times measured now, on the denoiser's device: medians over `repeats`."""
+    whole, times = time_modules(denoiser, call, repeats)
+
+    def timed(operator: Operator) -> Operator:
+        candidates = tuple(replace(c, cost=replace(c.cost, latency_ms=stand_in_time(operator, c))) for c in operator.candidates)
+        return replace(operator, cost=replace(operator.cost, latency_ms=times[operator.name]), candidates=candidates)
+
+    def stand_in_time(operator: Operator, candidate: Candidate) -> float:
+        if candidate.replacement == "pointwise":
+            return time_pointwise(operator, dict(candidate.options), denoiser, repeats)
+        return times[f"{operator.name}.{candidate.options['child']}"] if candidate.replacement == "shortcut" else 0.0
+
+    total = replace(operators.total, latency_ms=whole)
+    return replace(operators, total=total, operators=tuple(timed(operator) for operator in operators.operators))
+
+
+def find_dead(denoiser: nn.Module, call: Call, operators: Operators, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+    """The edits, and those that take away what they leave without a use together, one by one or jointly.
+
+    One backward pass of the pruned skeleton shows it: what no longer reaches the output gets no gradient.
+    """
+    skeleton, dry = meta_copy(denoiser), call.to("meta")
+    unused = unreached_parameters(skeleton, dry)
+    install(skeleton, {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in edits})
+    unreached = unreached_parameters(skeleton.to("meta"), dry) - unused
+    gone = [edit.operator for edit in edits]
+    names = [o.name for o in operators.operators if o.if_dead and not any(within(o.name, path) for path in gone)]
+    dead = [name for name in names if _all_unreached(skeleton.get_submodule(name), name, unreached)]
+    found = set(outermost(dead))
+    kept = [edit for edit in edits if not any(within(edit.operator, path) for path in found)]
+    by_name = {edit.operator: edit for edit in kept} | {name: dead_edit(operators[name]) for name in found}
+    return tuple(by_name[o.name] for o in operators.operators if o.name in by_name)
+
+
+def _all_unreached(module: nn.Module, path: str, unreached: set[str]) -> bool:
+    names = [f"{path}.{name}" for name, _ in module.named_parameters()]
+    return bool(names) and all(name in unreached for name in names)
+
+
+@dataclass
+class _Survey:
+    """Goes through the modules of a traced skeleton and tries every replacement on each."""
+
+    skeleton: nn.Module
+    trace: Trace
+    batch: int
+
+    def operators(self) -> list[Operator]:
+        once = [entry for entry in self.trace.modules.values() if entry.calls == 1 and _does_something(entry)]
+        self.zeros = {entry.name: zeros_like_output(entry) for entry in once if _params(entry.module)}
+        self.alive = self.trace.dataflow.reaching()
+        found = [operator for operator in map(self._operator, once) if operator.candidates or operator.if_dead]
+        return _with_parents(found)
+
+    def _operator(self, entry: Traced) -> Operator:
+        return Operator(
+            name=entry.name,
+            kind=type(entry.module).__name__,
+            input_shape=tuple(entry.arguments[0][1].shape),
+            output_shape=tuple(tensors_in(entry.output)[0].shape),
+            cost=self._cost(entry),
+            parent=None,
+            candidates=tuple(self._candidates(entry)),
+            if_dead=self.zeros.get(entry.name),
+        )
+
+    def _cost(self, entry: Traced) -> Cost:
+        return Cost(params=_params(entry.module), macs=entry.macs // self.batch)
+
+    def _candidates(self, entry: Traced) -> Iterator[Candidate]:
+        for name in REPLACEMENTS:
+            options = REPLACEMENTS[name](entry)
+            if options is not None and self._runs(entry, build(name, options, entry.module)):
+                yield Candidate(
+                    replacement=name,
+                    options=options,
+                    cost=self._stand_in_cost(entry, name, options),
+                    dead=tuple(self._dead_with(entry, name, options)),
+                )
+
+    def _stand_in_cost(self, entry: Traced, name: str, options: dict[str, Any]) -> Cost:
+        if name == "pointwise":
+            return pointwise_cost(options, entry.output)
+        return self._cost(self.trace.modules[f"{entry.name}.{options['child']}"]) if name == "shortcut" else Cost()
+
+    def _runs(self, entry: Traced, stand_in: nn.Module) -> bool:
+        """Whether the module around the operator gives what it gave before; beyond it nothing can differ."""
+        parent, _, name = entry.name.rpartition(".")
+        siblings = self.skeleton.get_submodule(parent)._modules
+        around = self._called_around(parent)
+        siblings[name] = stand_in.to("meta")
+        try:
+            with torch.no_grad():
+                args, kwargs = around.given
+                return _shapes(around.module(*args, **kwargs)) == _shapes(around.output)
+        except Exception as error:  # whatever the denoiser's own code raises: the stand-in does not fit there
+            log.info("%s does not fit %s: %s", type(stand_in).__name__, entry.name, error)
+            return False
+        finally:
+            siblings[name] = entry.module
+
+    def _called_around(self, path: str) -> Traced:
+        while path and path not in self.trace.modules:
+            path = path.rpartition(".")[0]
+        return self.trace.modules[path]
+
+    def _dead_with(self, entry: Traced, name: str, options: dict[str, Any]) -> Iterator[str]:
+        """The outermost modules that no longer reach the output when a stand-in gives `entry`'s output."""
+        given = {tuple(source): id(tensor) for source, tensor in entry.arguments}
+        sources = [piece for piece in options.get("returns", [options.get("source")]) if isinstance(piece, list)]
+        reads = [given[tuple(source)] for source in sources]
+        if name == "shortcut":
+            reads = [id(self.trace.modules[f"{entry.name}.{options['child']}"].output)]
+        reaching = self.trace.dataflow.reaching({id(tensor): reads for tensor in tensors_in(entry.output)})
+        apart = [n for n in self.zeros if self.zeros[n] and not within(n, entry.name) and not within(entry.name, n)]
+        return outermost(name for name in apart if self._died(name, reaching))
+
+    def _died(self, name: str, reaching: set[int]) -> bool:
+        operations = self.trace.modules[name].operations
+        return not reaching.intersection(operations) and bool(self.alive.intersection(operations))
+
+
+def _with_parents(operators: list[Operator]) -> list[Operator]:
+    names = {operator.name for operator in operators}
+
+    def parent(name: str) -> str | None:
+        while name := name.rpartition(".")[0]:
+            if name in names:
+                return name
+        return None
+
+    return [replace(operator, parent=parent(operator.name)) for operator in operators]
+
+
+def _does_something(entry: Traced) -> bool:
+    """Whether the module takes a tensor and gives another one; a dropout at rest gives back what it got."""
+    outputs = tensors_in(entry.output)
+    return bool(entry.name and entry.arguments and outputs) and not any(given is outputs[0] for _, given in entry.arguments)
+
+
+def _shapes(tree: Any) -> list[tuple[torch.Size, torch.dtype]]:
+    return [(leaf.shape, leaf.dtype) for leaf in tensors_in(tree) if isinstance(leaf, Tensor)]
+
+
+def _params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

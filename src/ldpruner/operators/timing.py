@@ -1,0 +1,109 @@
+"""How long operators and their stand-ins take, on the device that they will run on."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldpruner.ldpruner_v1 import Pointwise
+from ldpruner.operators.tracing import Call
+from ldpruner.plan import Operator
+
+
+def seconds(run: Callable[[], Any], device: torch.device) -> float:
+    """One timed run, waiting for the device where it works on its own."""
+    synchronize(device)
+    began = time.perf_counter()
+    run()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until `device` has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module's first parameter is."""
+    return next(module.parameters()).device
+
+
+@torch.inference_mode()
+def time_modules(denoiser: nn.Module, call: Call, repeats: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of the whole call, and of every module in it with all that it calls: medians over `repeats`.
+
+    The median is taken of what each module spends by itself, and these are added up: a disturbance that meets one module
+    in one run then neither hides in its parents nor makes the parts disagree with the whole. Hooks slow the call down, so
+    everything is scaled to the duration of the plain call.
+    """
+    device = device_of(denoiser)
+    call.run(denoiser)
+    plain = statistics.median(seconds(lambda: call.run(denoiser), device) for _ in range(repeats))
+    clock = _Clock(device)
+    with clock.running(denoiser):
+        for _ in range(repeats + 1):
+            call.run(denoiser)
+    alone = {name: statistics.median(taken[1:]) for name, taken in clock.alone.items() if len(taken) > 1}
+    total = dict.fromkeys(alone, 0.0)
+    for name, taken in alone.items():
+        for block in _with_ancestors(name):
+            total[block] = total.get(block, 0.0) + taken
+    scale = plain / total[""]
+    return plain * 1e3, {name: taken * scale * 1e3 for name, taken in total.items()}
+
+
+def _with_ancestors(name: str) -> list[str]:
+    parts = name.split(".") if name else []
+    return [".".join(parts[:length]) for length in range(len(parts) + 1)]
+
+
+class _Clock:
+    """Seconds that each module spends by itself, a reading per call."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.alone: dict[str, list[float]] = {}
+        self._open: list[list[float]] = []  # of every module entered: when, and how long its children took
+
+    @contextmanager
+    def running(self, denoiser: nn.Module) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in denoiser.named_modules():
+                stack.callback(module.register_forward_pre_hook(self._enter).remove)
+                stack.callback(module.register_forward_hook(self._leave(self.alone.setdefault(name, []))).remove)
+            yield
+
+    def _enter(self, *_: Any) -> None:
+        synchronize(self.device)
+        self._open.append([time.perf_counter(), 0.0])
+
+    def _leave(self, readings: list[float]) -> Callable[..., None]:
+        def hook(*_: Any) -> None:
+            synchronize(self.device)
+            began, children = self._open.pop()
+            taken = time.perf_counter() - began
+            readings.append(taken - children)
+            if self._open:
+                self._open[-1][1] += taken
+
+        return hook
+
+
+@torch.inference_mode()
+def time_pointwise(operator: Operator, options: dict[str, Any], like: nn.Module, repeats: int) -> float:
+    """Milliseconds of a pointwise stand-in on an input of the operator's shape: the median over `repeats`."""
+    parameter = next(like.parameters())
+    stand_in = Pointwise(options).to(parameter)
+    inputs = torch.zeros(operator.input_shape, device=parameter.device, dtype=parameter.dtype)
+    position, _ = options["source"]
+    run = lambda: stand_in(*(inputs,) * (position + 1))  # noqa: E731
+    run()
+    return statistics.median(seconds(run, parameter.device) for _ in range(repeats)) * 1e3

@@ -1,0 +1,280 @@
+"""One call of a denoiser, watched: what every module takes and gives, and which outputs are only ever added to something.
+
+The call runs on the meta device, on a copy that holds shapes and no weights: it costs neither memory nor arithmetic, and
+counts multiplications that PyTorch's counter misses on a CPU.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils.flop_counter import FlopCounterMode
+
+from ldpruner.operators.dataflow import Dataflow
+
+Source = list[Any]  # [position, keyword] of an argument
+
+# Operations f with f(0) = 0 that act on each number by itself or only move numbers about: a branch that passes through
+# them and is then added to the stream contributes nothing once it is zero.
+_HOMOGENEOUS = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "permute",
+        "transpose",
+        "t",
+        "expand",
+        "clone",
+        "_to_copy",
+        "slice",
+        "select",
+        "unsqueeze",
+        "squeeze",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "chunk",
+        "alias",
+        "detach",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "mul",
+        "div",
+        "neg",
+        "mul_",
+        "div_",
+        "dropout",
+        "native_dropout",
+        "as_strided",
+    ]
+)
+_ADDITIONS = frozenset({"add", "add_", "sub", "sub_"})
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one denoiser call, as the pipeline made it."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def to(self, device: str) -> Call:
+        """The same call with every tensor on `device`; on "meta" only shapes are left."""
+        args, kwargs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+        return Call(args, kwargs)
+
+    def run(self, denoiser: nn.Module) -> Any:
+        return denoiser(*self.args, **self.kwargs)
+
+    @property
+    def batch(self) -> int:
+        """How many samples go through the denoiser at once; guidance doubles them."""
+        tensors = [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor) and leaf.ndim > 1]
+        return int(tensors[0].shape[0]) if tensors else 1
+
+
+@dataclass
+class Traced:
+    """What one module did during the call."""
+
+    name: str
+    module: nn.Module
+    calls: int = 0
+    arguments: list[tuple[Source, Tensor]] = field(default_factory=list)  # tensor arguments in order
+    output: Any = None
+    macs: int = 0  # of the whole call, all samples
+    is_branch: bool = False  # its output is added to something, and used in no other way
+    shortcut: tuple[str, float] | None = None  # child on the skip path, and the scale of its contribution
+    given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # all its arguments
+    operations: range = range(0)  # what ran inside it, as numbers of the dataflow
+
+
+def meta_copy(denoiser: nn.Module) -> nn.Module:
+    """A copy of the structure whose parameters and buffers are on the meta device; no weight is copied."""
+    tensors = [*denoiser.parameters(), *denoiser.buffers()]
+    memo: dict[int, Any] = {
+        id(t): nn.Parameter(t.detach().to("meta"), t.requires_grad) if isinstance(t, nn.Parameter) else t.to("meta")
+        for t in tensors
+    }
+    return copy.deepcopy(denoiser, memo)
+
+
+def architecture(denoiser: nn.Module) -> str:
+    """A fingerprint of class, parameter names and shapes: equal for every set of weights of one architecture."""
+    lines = [type(denoiser).__name__, *(f"{name} {tuple(p.shape)}" for name, p in denoiser.named_parameters())]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def weights_digest(denoiser: nn.Module) -> str:
+    """A fingerprint of every weight: scores belong to weights, not only to an architecture."""
+    digest = hashlib.sha256(architecture(denoiser).encode())
+    for parameter in denoiser.parameters():
+        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def unreached_parameters(skeleton: nn.Module, call: Call) -> set[str]:
+    """Names of parameters whose change cannot change the output: one backward pass leaves them without a gradient.
+
+    `skeleton` and `call` are on the meta device. Raises whatever the forward raises.
+    """
+    skeleton.requires_grad_(True)
+    skeleton.zero_grad(set_to_none=True)
+    with torch.enable_grad():
+        outputs = [leaf for leaf in tensors_in(call.run(skeleton)) if leaf.requires_grad]
+        torch.autograd.backward([leaf.sum() for leaf in outputs])
+    return {name for name, parameter in skeleton.named_parameters() if parameter.grad is None}
+
+
+@dataclass
+class Trace:
+    """What every called module did, by dotted path in calling order, and how their operations hang together."""
+
+    modules: dict[str, Traced]
+    dataflow: Dataflow
+    macs: int  # of the whole call, all samples
+
+
+def trace(skeleton: nn.Module, call: Call) -> Trace:
+    """Run one call on the meta device and watch it."""
+    watch = _Watch(skeleton)
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter, watch, watch.hooked():
+        output = call.run(skeleton)
+    watch.finish(output)
+    flops = counter.get_flop_counts()
+    root = type(skeleton).__name__
+    for name, traced in watch.traced.items():
+        traced.macs = sum(flops.get(f"{root}.{name}" if name else root, {}).values()) // 2
+    return Trace(watch.traced, watch.dataflow, int(counter.get_total_flops()) // 2)
+
+
+def count_macs(denoiser: nn.Module, call: Call) -> int:
+    """Multiply-accumulates of one denoiser call for one sample, half of the floating-point operations that PyTorch counts."""
+    return trace(meta_copy(denoiser), call.to("meta")).macs // call.batch
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """Every tensor of a nest of tuples, lists and dicts."""
+    return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows every tensor that a module gives, to see how it is used.
+
+    Each tensor is kept alive until the end, so that its id stays its own; on the meta device that holds no memory.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.root = root
+        self.traced: dict[str, Traced] = {}
+        self.dataflow = Dataflow()
+        self._keep: list[Any] = []
+        self._makers: dict[int, set[str]] = {}  # tensor -> modules whose output it is, through homogeneous operations
+        self._added: set[str] = set()
+        self._used_otherwise: set[str] = set()
+        self._summands: dict[int, list[int]] = {}  # sum -> the two tensors added
+        self._scaled: dict[int, tuple[int, float]] = {}  # tensor -> the tensor it is a multiple of, and the factor
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, module in self.root.named_modules():
+                enter = module.register_forward_pre_hook(self._enter(name), with_kwargs=True)
+                leave = module.register_forward_hook(self._leave(name), with_kwargs=True)
+                stack.callback(enter.remove)
+                stack.callback(leave.remove)
+            yield
+
+    def _enter(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            traced = self.traced.setdefault(name, Traced(name, module))
+            traced.calls += 1
+            traced.arguments = _named_tensors(module, args, kwargs)
+            traced.given = (args, kwargs)
+            traced.operations = range(len(self.dataflow), len(self.dataflow))
+            self._keep.append((args, kwargs))
+
+        return hook
+
+    def _leave(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            self.traced[name].output = output
+            self.traced[name].operations = range(self.traced[name].operations.start, len(self.dataflow))
+            self._keep.append(output)
+            for tensor in tensors_in(output):
+                self._makers.setdefault(id(tensor), set()).add(name)
+
+        return hook
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        self._keep.append(output)
+        self._follow(func.overloadpacket.__name__, args, kwargs or {}, output)
+        return output
+
+    def _follow(self, operation: str, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        inputs = tensors_in((args, kwargs))
+        self.dataflow.add((id(tensor) for tensor in inputs), (id(tensor) for tensor in tensors_in(output)))
+        makers = set().union(*(self._makers.get(id(tensor), set()) for tensor in inputs))
+        if operation in _ADDITIONS:
+            self._added |= makers
+            self._makers.pop(id(output), None)  # an addition in place makes a new value of an old tensor
+            self._summands[id(output)] = [id(tensor) for tensor in inputs]
+        elif operation in _HOMOGENEOUS:
+            for tensor in tensors_in(output):
+                self._makers[id(tensor)] = self._makers.get(id(tensor), set()) | makers
+            if operation in {"mul", "div"} and len(args) == 2 and isinstance(args[1], int | float):
+                self._scaled[id(output)] = (id(args[0]), float(args[1]) if operation == "mul" else 1 / float(args[1]))
+        else:
+            self._used_otherwise |= makers
+
+    def finish(self, output: Any) -> None:
+        self.dataflow.outputs = [id(tensor) for tensor in tensors_in(output)]
+        for tensor in self.dataflow.outputs:
+            self._used_otherwise |= self._makers.get(tensor, set())
+        for name, traced in self.traced.items():
+            traced.is_branch = name in self._added - self._used_otherwise
+            traced.shortcut = self._find_shortcut(traced)
+
+    def _find_shortcut(self, block: Traced) -> tuple[str, float] | None:
+        """The child of `block` that maps the block's input onto one summand of the block's output, if there is one."""
+        if not isinstance(block.output, Tensor) or not block.arguments:
+            return None
+        total, scale = self._unscaled(id(block.output))
+        for summand in self._summands.get(total, []):
+            tensor, factor = self._unscaled(summand)
+            for name in self._makers.get(tensor, set()):
+                child = self.traced[name]
+                inside = name.startswith(block.name + ".") and id(child.output) == tensor
+                if inside and child.arguments and child.arguments[0][1] is block.arguments[0][1]:
+                    return name[len(block.name) + 1 :], scale * factor
+        return None
+
+    def _unscaled(self, tensor: int) -> tuple[int, float]:
+        scale = 1.0
+        while tensor in self._scaled:
+            tensor, factor = self._scaled[tensor]
+            scale *= factor
+        return tensor, scale
+
+
+def _named_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Source, Tensor]]:
+    """Tensor arguments as `([position, keyword], tensor)`, in the order of the module's own signature."""
+    names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    named = [([i, names[i] if i < len(names) else f"#{i}"], value) for i, value in enumerate(args)]
+    named += [([names.index(key) if key in names else -1, key], value) for key, value in kwargs.items()]
+    return [(source, value) for source, value in named if isinstance(value, Tensor)]

@@ -1,0 +1,269 @@
+"""Pipelines: the only caller of `from_pretrained`, and the only place that runs a whole generation."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from packaging.version import Version
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from ldpruner.errors import PipelineError, suggest
+from ldpruner.operators.tracing import Call
+from ldpruner.probes import Probe
+
+log = logging.getLogger(__name__)
+
+FORMAT_MODULE = "ldpruner_v1"
+_ZOO = Path(__file__).parent / "zoo"
+# diffusers renamed the argument in 0.40 and warns about the old name since.
+_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
+_DENOISERS = ("unet", "transformer")
+
+
+class _SeenEnoughError(Exception):
+    """Ends a generation once what was wanted has been seen."""
+
+
+class Pipeline:
+    """A diffusers pipeline, its denoiser, and how to run it to latents. `source` says where it came from."""
+
+    def __init__(self, pipe: DiffusionPipeline, source: str, component: str | None = None) -> None:
+        self.pipe = pipe
+        self.source = source
+        self.component = component or _denoiser_name(pipe, source)
+        pipe.set_progress_bar_config(disable=True)
+
+    def __repr__(self) -> str:
+        return f"Pipeline({type(self.pipe).__name__} from {self.source}, {self.component}: {type(self.denoiser).__name__})"
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The network that predicts the noise of latents, step after step."""
+        denoiser: nn.Module = getattr(self.pipe, self.component)
+        return denoiser
+
+    @contextmanager
+    def with_denoiser(self, denoiser: nn.Module) -> Iterator[Pipeline]:
+        """The same pipeline around another denoiser, for as long as the block runs."""
+        original = self.denoiser
+        setattr(self.pipe, self.component, denoiser)
+        try:
+            yield self
+        finally:
+            setattr(self.pipe, self.component, original)
+
+    def latents(self, probe: Probe, *, batch_size: int | None = None) -> Tensor:
+        """The latents that the probe's generations end with, `(samples, channels, ...)`, before the decoder sees them."""
+        size = batch_size or probe.samples
+        return torch.cat([self._latents(probe, rows) for rows in _batches(probe.samples, size)])
+
+    def _latents(self, probe: Probe, rows: range) -> Tensor:
+        last: list[Tensor] = []
+        with self._watched_steps(last), self._without_decoder():
+            self._generate(probe, rows)
+        if not last:
+            raise PipelineError(f"{self.source}: {type(self.pipe).__name__} never called its scheduler, so it has no latents.")
+        return last[0]
+
+    def images(self, probe: Probe, *, batch_size: int | None = None) -> list[Image.Image]:
+        """The probe's generations as pictures, in the order of their seeds."""
+        pictures: list[Image.Image] = []
+        for rows in _batches(probe.samples, batch_size or probe.samples):
+            pictures += self._generate(probe, rows).images
+        return pictures
+
+    def generate(self, probe: Probe) -> Any:
+        """All of the probe's samples in one generation, decoded, as the pipeline gives them."""
+        return self._generate(probe, range(probe.samples))
+
+    def call(self, probe: Probe, *, samples: int = 1) -> Call:
+        """The arguments of the denoiser's first call in a generation of `samples`."""
+        seen: list[Call] = []
+
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            args, kwargs = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
+            seen.append(Call(args, kwargs))
+            raise _SeenEnoughError
+
+        handle = self.denoiser.register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            self._generate(probe, range(samples))
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def _generate(self, probe: Probe, rows: range) -> Any:
+        """One call of the pipeline; None where it was stopped on the way."""
+        generators = [torch.Generator("cpu").manual_seed(probe.seed + row) for row in rows]
+        arguments: dict[str, Any] = {"generator": generators, "num_inference_steps": probe.num_inference_steps}
+        accepted = inspect.signature(self.pipe.__call__).parameters
+        if "prompt" in accepted:
+            prompts = probe.prompts or ("",)
+            arguments["prompt"] = [prompts[row % len(prompts)] for row in rows]
+        elif "batch_size" in accepted:
+            arguments["batch_size"] = len(rows)
+        if probe.guidance_scale is not None:
+            arguments["guidance_scale"] = probe.guidance_scale
+        try:
+            return self.pipe(**arguments)
+        except _SeenEnoughError:
+            return None
+
+    @contextmanager
+    def _watched_steps(self, last: list[Tensor]) -> Iterator[None]:
+        """Keep in `last` the sample that the scheduler's latest step gave."""
+        scheduler = self.pipe.scheduler
+        step = scheduler.step
+
+        @functools.wraps(step)
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            output = step(*args, **kwargs)
+            last[:] = [output[0]]
+            return output
+
+        scheduler.step = watched
+        try:
+            yield
+        finally:
+            del scheduler.step
+
+    @contextmanager
+    def _without_decoder(self) -> Iterator[None]:
+        """Stop a generation where it would decode its latents."""
+
+        def stop(*_: Any, **__: Any) -> None:
+            raise _SeenEnoughError
+
+        with ExitStack() as stack:
+            for part in self.pipe.components.values():
+                if isinstance(part, nn.Module) and hasattr(part, "decode"):
+                    part.__dict__["decode"] = stop
+                    stack.callback(part.__dict__.pop, "decode")
+            yield
+
+
+def _batches(samples: int, size: int) -> Iterator[range]:
+    return (range(first, min(first + size, samples)) for first in range(0, samples, size))
+
+
+def as_pipeline(model: str | os.PathLike[str] | DiffusionPipeline | Pipeline) -> Pipeline:
+    """A handle on whatever names or is a pipeline; strings and paths are loaded with the defaults of `load`."""
+    if isinstance(model, Pipeline):
+        return model
+    if isinstance(model, DiffusionPipeline):
+        return Pipeline(model, source=str(model.config.get("_name_or_path") or type(model).__name__))
+    return load(model)
+
+
+def load(
+    model: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+    trust_remote_code: bool = False,
+    component: str | None = None,
+) -> Pipeline:
+    """Load a hub id, a folder or `zoo:NAME`. Pruned folders load without trusting any code of theirs.
+
+    Raises `PipelineError` where there is no pipeline, a file is damaged, weights are missing or not finite.
+    """
+    path = locate(model)
+    options = {"revision": revision, "variant": variant, _DTYPE: dtype}
+    try:
+        index = DiffusionPipeline.load_config(path, revision=revision)
+        ours = {
+            name: getattr(diffusers, entry[1]).from_pretrained(path, subfolder=name, **options)
+            for name, entry in index.items()
+            if isinstance(entry, list) and entry[0] == FORMAT_MODULE
+        }
+        pipe = DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code, **options, **ours)
+    except Exception as error:
+        raise PipelineError(_explain(str(model), path, error)) from error
+    pipeline = Pipeline(pipe, source=str(model), component=component)
+    _check_weights(pipeline)
+    pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline
+
+
+def locate(model: str | os.PathLike[str]) -> str:
+    """The folder or hub id that `model` names. Raises `PipelineError` where a folder is missing or holds no pipeline."""
+    name = os.fspath(model)
+    if name.startswith("zoo:"):
+        return str(_shipped(name.removeprefix("zoo:")))
+    path = Path(name).expanduser()
+    if (path / "model_index.json").is_file():
+        return str(path)
+    if path.exists():
+        raise PipelineError(f"{name}: is no diffusers pipeline (no model_index.json in it).")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise PipelineError(f"{name}: no such folder. Give a diffusers folder, a hub id such as org/name, or zoo:NAME.")
+    return name
+
+
+def _shipped(name: str) -> Path:
+    names = sorted(path.parent.name for path in _ZOO.glob("*/model_index.json"))
+    if name not in names:
+        raise PipelineError(f"zoo:{name} does not exist: {suggest(name, names)}")
+    return _ZOO / name
+
+
+def _explain(model: str, path: str, error: Exception) -> str:
+    """One line on why loading failed; names the damaged file where one of ours can be told."""
+    damaged = (
+        next((file for file in sorted(Path(path).rglob("*.safetensors")) if not _readable(file)), None)
+        if Path(path).is_dir()
+        else None
+    )
+    if damaged is not None:
+        return f"{model}: {damaged.relative_to(path)} is truncated or damaged. Copy or download it again."
+    reason = " ".join(str(error).split())
+    return f"{model}: cannot be loaded ({type(error).__name__}: {reason[:300]})."
+
+
+def _readable(file: Path) -> bool:
+    """Whether the header of a safetensors file accounts for every byte of it."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        size = file.stat().st_size
+        if length > size - 8:
+            return False
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return bool(size == 8 + length + max(ends, default=0))
+
+
+def _check_weights(pipeline: Pipeline) -> None:
+    for part, module in pipeline.pipe.components.items():
+        for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
+            if parameter.is_meta:
+                raise PipelineError(f"{pipeline.source}: the weights of {part} lack {name}.")
+            if not torch.isfinite(parameter).all():
+                raise PipelineError(
+                    f"{pipeline.source}: {part}.{name} holds NaN or infinite weights; nothing can be scored with it."
+                )
+
+
+def _denoiser_name(pipe: DiffusionPipeline, source: str) -> str:
+    for name in _DENOISERS:
+        if isinstance(getattr(pipe, name, None), nn.Module):
+            return name
+    modules = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
+    raise PipelineError(f"{source}: which part is the denoiser? {suggest('unet', modules)}")

@@ -1,0 +1,244 @@
+"""What stages hand to each other: operators, scores, budgets, plans. Frozen, JSON in and out, no torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ldpruner.errors import BudgetError, OperatorError, PlanError, suggest
+from ldpruner.files import write_json
+from ldpruner.probes import Probe
+
+SCHEMA = 1
+Quantity = Literal["latency", "macs", "params"]
+QUANTITIES: tuple[Quantity, ...] = ("latency", "macs", "params")
+
+
+def outermost(names: Iterable[str]) -> Iterator[str]:
+    """The paths that lie in no other path given."""
+    kept = sorted(names)
+    return (name for name in kept if not any(within(name, other) for other in kept if other != name))
+
+
+def within(name: str, block: str) -> bool:
+    """Whether a dotted path is `block` or lies in it."""
+    return name == block or name.startswith(block + ".")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one denoiser call spends in an operator. MACs are for one sample, time is for the traced batch."""
+
+    params: int = 0
+    macs: int = 0
+    latency_ms: float = 0.0
+
+    def of(self, quantity: Quantity) -> float:
+        return {"latency": self.latency_ms, "macs": self.macs, "params": self.params}[quantity]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to replace one operator, with all that the stand-in needs to be built."""
+
+    replacement: str
+    options: Mapping[str, Any]  # JSON, see ldpruner_v1.py
+    cost: Cost  # what the stand-in itself spends
+    dead: tuple[str, ...] = ()  # operators that no longer reach the output once this one is replaced
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operator:
+    """One module of the denoiser that can be replaced as a whole. Shapes are those of the traced call."""
+
+    name: str  # dotted module path
+    kind: str  # class name, to be read by people
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    cost: Cost
+    parent: str | None  # the nearest enclosing operator
+    candidates: tuple[Candidate, ...]  # empty for a module that can only die with another
+    if_dead: Mapping[str, Any] | None  # options of the `zero` that holds its place once nothing reads its output
+
+    def candidate(self, replacement: str) -> Candidate:
+        """The candidate of that name. Raises `OperatorError` where it does not fit this operator."""
+        for candidate in self.candidates:
+            if candidate.replacement == replacement:
+                return candidate
+        fitting = ", ".join(candidate.replacement for candidate in self.candidates)
+        raise OperatorError(f"{self.name}: {replacement!r} does not fit this {self.kind}; what fits: {fitting}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operators:
+    """Every operator of one denoiser, and what the whole denoiser costs."""
+
+    model: str  # fingerprint of the architecture
+    denoiser: str  # class name
+    total: Cost
+    device: str
+    operators: tuple[Operator, ...]
+
+    def __getitem__(self, name: str) -> Operator:
+        for operator in self.operators:
+            if operator.name == name:
+                return operator
+        raise OperatorError(f"{name!r} is no operator of this {self.denoiser}: {suggest(name, (o.name for o in self.operators))}")
+
+    def pairs(self, replacements: Iterable[str] | None = None) -> list[tuple[Operator, Candidate]]:
+        """Every operator beside every replacement that fits it, in the order of the denoiser's modules."""
+        allowed = None if replacements is None else set(replacements)
+        return [(o, c) for o in self.operators for c in o.candidates if allowed is None or c.replacement in allowed]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA} | asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Operators:
+        operators = tuple(
+            Operator(
+                **{
+                    **entry,
+                    "input_shape": tuple(entry["input_shape"]),
+                    "output_shape": tuple(entry["output_shape"]),
+                    "cost": Cost(**entry["cost"]),
+                    "candidates": tuple(
+                        Candidate(**{**c, "cost": Cost(**c["cost"]), "dead": tuple(c["dead"])}) for c in entry["candidates"]
+                    ),
+                }
+            )
+            for entry in data["operators"]
+        )
+        rest = {key: data[key] for key in ("model", "denoiser", "device")}
+        return cls(**rest, total=Cost(**data["total"]), operators=operators)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What replacing one operator does to the generated latents; low means that it can go."""
+
+    operator: str
+    replacement: str
+    score: float
+    mean_shift: float
+    std_shift: float
+    seconds: float
+
+    @property
+    def key(self) -> tuple[str, str]:
+        return self.operator, self.replacement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Edit:
+    """Replace one operator by a named stand-in."""
+
+    operator: str  # dotted module path in the denoiser
+    replacement: str  # a name in REPLACEMENTS
+    options: Mapping[str, Any]
+    reason: Literal["chosen", "dead"] = "chosen"
+    score: float | None = None
+
+
+def dead_edit(operator: Operator) -> Edit:
+    """The edit that takes a dead operator away: nothing reads its output, so zeros of its shape hold its place."""
+    assert operator.if_dead is not None
+    return Edit(operator=operator.name, replacement="zero", options=operator.if_dead, reason="dead")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """An upper bound on one quantity: absolute (ms, MACs, parameters), or a share of the original."""
+
+    quantity: Quantity
+    limit: float
+    relative: bool
+
+    @classmethod
+    def parse(cls, quantity: str, limit: str | float) -> Budget:
+        """Read `("latency", "65%")` or `("params", 4e6)`. Raises `BudgetError` with what would be understood."""
+        if quantity not in QUANTITIES:
+            raise BudgetError(f"budget {quantity!r} is unknown: {suggest(quantity, QUANTITIES)}")
+        match = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(%?)\s*", str(limit))
+        try:
+            value = float(match[1]) if match else -1.0
+        except ValueError:
+            value = -1.0
+        if match is None or value <= 0 or (match[2] and value > 100):
+            raise BudgetError(f"budget {quantity}={limit}: give a positive number, or a share such as {quantity}=65%.")
+        return cls(quantity=quantity, limit=value / 100 if match[2] else value, relative=bool(match[2]))
+
+    def share(self, total: Cost) -> float:
+        """The bound as a share of the original, 0 to 1."""
+        return self.limit if self.relative else self.limit / total.of(self.quantity)
+
+    def __str__(self) -> str:
+        return f"{self.quantity}={self.limit:.4g}" if not self.relative else f"{self.quantity}={self.limit * 100:.4g}%"
+
+
+def parse_budgets(budget: Mapping[str, str | float]) -> tuple[Budget, ...]:
+    """Every bound of `{"latency": "65%", "params": 4e6}`; all of them will hold. Raises `BudgetError`."""
+    if not budget:
+        raise BudgetError('no budget was given: say for example {"latency": "65%"}.')
+    return tuple(Budget.parse(quantity, limit) for quantity, limit in budget.items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to replace in which architecture, and why; a few kilobytes that apply to the base model anywhere."""
+
+    model: str  # fingerprint of the architecture
+    denoiser: str
+    edits: tuple[Edit, ...]
+    budgets: tuple[Budget, ...] = ()
+    predicted: Mapping[str, float] = field(default_factory=dict)  # quantity -> share of the original
+    probe: Probe | None = None  # what the scores, and fitted stand-ins, were made from
+    selection: str = ""
+
+    def check_model(self, model: str, denoiser: str) -> None:
+        """Raise `PlanError` where this plan belongs to another architecture."""
+        if self.model != model:
+            raise PlanError(
+                f"this plan was made for another model: it fits the {self.denoiser} {self.model[:12]}, "
+                f"and this is a {denoiser} {model[:12]}. Score and plan this model anew."
+            )
+
+    def operators_config(self) -> dict[str, dict[str, Any]]:
+        """The edits as a pruned model's config.json holds them."""
+        return {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in self.edits}
+
+    def to_json(self) -> dict[str, Any]:
+        return {"schema": SCHEMA} | asdict(self) | {"probe": self.probe.to_json() if self.probe else None}
+
+    def save(self, path: Path) -> None:
+        """Write the plan as JSON, whole or not at all."""
+        write_json(path, self.to_json())
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Plan:
+        if data.get("schema") != SCHEMA:
+            raise PlanError(f"plan schema {data.get('schema')!r} is unknown: this version reads {SCHEMA}.")
+        return cls(
+            model=data["model"],
+            denoiser=data["denoiser"],
+            edits=tuple(Edit(**edit) for edit in data["edits"]),
+            budgets=tuple(Budget(**budget) for budget in data["budgets"]),
+            predicted=data["predicted"],
+            probe=Probe.from_json(data["probe"]) if data["probe"] else None,
+            selection=data["selection"],
+        )
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a plan. Raises `PlanError` where the file is missing or is no plan."""
+        try:
+            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, PlanError):
+                raise
+            reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            raise PlanError(f"{path}: is no plan ({reason}). Make one with `ldpruner plan`.") from error

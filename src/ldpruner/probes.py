@@ -1,0 +1,36 @@
+"""What is generated to compare two denoisers: how many samples, from which noise, in how many steps. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ldpruner.errors import RunError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """The generations that judge a change. Sample i starts from noise seeded with `seed + i`, whatever the batch size.
+
+    The paper compares generated latents (LD-Pruner, arXiv 2404.11936) and does not fix these numbers; more samples and
+    steps cost proportionally more and settle the order of operators that score alike.
+    """
+
+    samples: int = 16
+    num_inference_steps: int = 10
+    seed: int = 0
+    prompts: tuple[str, ...] = ()  # sample i takes prompt i, in turn; unconditional pipelines take none
+    guidance_scale: float | None = None  # None: what the pipeline uses by default
+
+    def __post_init__(self) -> None:
+        if self.samples < 1:
+            raise RunError(f"samples={self.samples}: 1 or more are needed.")
+        if self.num_inference_steps < 1:
+            raise RunError(f"num_inference_steps={self.num_inference_steps}: 1 or more are needed.")
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"prompts": list(self.prompts)}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Probe:
+        return cls(**{**data, "prompts": tuple(data["prompts"])})

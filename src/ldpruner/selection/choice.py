@@ -1,0 +1,114 @@
+"""From ranked options to a set of edits that meets its targets, as predicted from the operators' costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ldpruner.errors import BudgetError, RunError
+from ldpruner.plan import QUANTITIES, Candidate, Cost, Edit, Operator, Operators, Quantity, Score, dead_edit, outermost, within
+from ldpruner.selection.rankings import RANKINGS, Option
+
+Chosen = dict[str, Candidate]  # operator -> its replacement
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """Edits, those of dead operators included, and the predicted share of each quantity that is left."""
+
+    edits: tuple[Edit, ...]
+    predicted: dict[Quantity, float]
+    exhausted: bool = False  # whether every option that saves anything was taken, and still a target is missed
+
+
+def choose(operators: Operators, scores: Sequence[Score], targets: Mapping[Quantity, float], *, selection: str = "order") -> Choice:
+    """Accept options in the ranking's order until every target (a share of the original) is predicted to be met.
+
+    A block and its parts are never both replaced: what saves more of the quantity that is still over target stays.
+    Raises `RunError` where scores are missing.
+    """
+    options = _options(operators, scores)
+    first = next(iter(targets))
+    ranked = RANKINGS[selection]([option for option in options if option.saves[first] > 0], first)
+    for quantity in list(targets)[1:]:
+        seen = {option.score.key for option in ranked}
+        rest = [option for option in options if option.saves[quantity] > 0 and option.score.key not in seen]
+        ranked += RANKINGS[selection](rest, quantity)
+    chosen: Chosen = {}
+    left = operators.total
+    for option in ranked:
+        missed = [quantity for quantity, target in targets.items() if share(left, operators.total, quantity) > target]
+        if not missed:
+            break
+        changed = _with(chosen, option, operators)
+        after = predict(operators, changed)
+        if after.of(missed[0]) < left.of(missed[0]):
+            chosen, left = changed, after
+    predicted = {quantity: share(left, operators.total, quantity) for quantity in QUANTITIES if operators.total.of(quantity)}
+    return Choice(
+        edits=_edits(operators, chosen, {entry.key: entry.score for entry in scores}),
+        predicted=predicted,
+        exhausted=any(predicted[quantity] > target for quantity, target in targets.items()),
+    )
+
+
+def share(left: Cost, total: Cost, quantity: Quantity) -> float:
+    """What is left of a quantity, as a share of the original's."""
+    if not total.of(quantity):
+        raise BudgetError(f"{quantity}: was not measured, so no share of it can be asked for.")
+    return left.of(quantity) / total.of(quantity)
+
+
+def predict(operators: Operators, chosen: Chosen) -> Cost:
+    """What a denoiser costs once `chosen` is replaced and all that dies with it is gone."""
+    by_name = {operator.name: operator for operator in operators.operators}
+    gone = set(outermost([*chosen, *_dead(chosen)]))
+    total = operators.total
+    params, macs, latency_ms = total.params, total.macs, total.latency_ms
+    for name in gone:
+        removed, added = by_name[name].cost, chosen[name].cost if name in chosen else Cost()
+        params += added.params - removed.params
+        macs += added.macs - removed.macs
+        latency_ms += added.latency_ms - removed.latency_ms
+    return Cost(params=params, macs=macs, latency_ms=latency_ms)
+
+
+def _options(operators: Operators, scores: Sequence[Score]) -> list[Option]:
+    by_key = {entry.key: entry for entry in scores}
+    pairs = [(o, c) for o, c in operators.pairs() if (o.name, c.replacement) in by_key]
+    if not pairs:
+        raise RunError("this run holds no scores yet: finish `ldpruner score` first.")
+    return [Option(operator=o, candidate=c, score=by_key[o.name, c.replacement], saves=_saves(operators, o, c)) for o, c in pairs]
+
+
+def _saves(operators: Operators, operator: Operator, candidate: Candidate) -> dict[Quantity, float]:
+    left = predict(operators, {operator.name: candidate})
+    return {q: 1 - left.of(q) / operators.total.of(q) if operators.total.of(q) else 0.0 for q in QUANTITIES}
+
+
+def _with(chosen: Chosen, option: Option, operators: Operators) -> Chosen:
+    """`chosen` with one option more; what lies in its operator goes, and it goes where a block around it is replaced."""
+    name = option.operator.name
+    if any(within(name, other) for other in (*chosen, *_dead(chosen)) if other != name):
+        return chosen
+    kept = {other: candidate for other, candidate in chosen.items() if not within(other, name)}
+    return kept | {name: option.candidate}
+
+
+def _dead(chosen: Chosen) -> Iterable[str]:
+    return (name for candidate in chosen.values() for name in candidate.dead)
+
+
+def _edits(operators: Operators, chosen: Chosen, scores: Mapping[tuple[str, str], float]) -> tuple[Edit, ...]:
+    gone = set(outermost([*chosen, *_dead(chosen)]))
+    edits = []
+    for operator in operators.operators:
+        if operator.name not in gone:
+            continue
+        candidate = chosen.get(operator.name)
+        if candidate is None:
+            edits.append(dead_edit(operator))
+            continue
+        score = scores[operator.name, candidate.replacement]
+        edits.append(Edit(operator=operator.name, replacement=candidate.replacement, options=candidate.options, score=score))
+    return tuple(edits)

@@ -1,0 +1,119 @@
+"""Putting stand-ins in the place of operators: in a copy, for good, or for a while."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldpruner.errors import OperatorError, PlanError, suggest
+from ldpruner.ldpruner_v1 import FORMAT_VERSION, STAND_INS, Method, Pointwise, build
+from ldpruner.operators.tracing import architecture
+from ldpruner.plan import Edit, Plan, within
+
+Fitted = Mapping[str, tuple[Tensor, Tensor]]  # operator -> weight (out, in) and bias (out) of its pointwise stand-in
+
+
+def prune(denoiser: nn.Module, plan: Plan, *, fitted: Fitted | None = None) -> nn.Module:
+    """A smaller copy of `denoiser`; the original stays as it was, and only what is kept is copied.
+
+    `fitted` holds the weights of pointwise stand-ins, see `fitting.fit_pointwise`. Raises `PlanError` where the plan is
+    for another model or needs weights that are not given.
+    """
+    plan.check_model(architecture(denoiser), type(denoiser).__name__)
+    with trial(denoiser, plan.edits, fitted=fitted):
+        pruned = copy.deepcopy(denoiser)
+    return _signed(pruned, plan)
+
+
+def prune_(denoiser: nn.Module, plan: Plan, *, fitted: Fitted | None = None) -> nn.Module:
+    """Replace operators of `denoiser` itself, and return it. Raises as `prune`, before anything is changed."""
+    plan.check_model(architecture(denoiser), type(denoiser).__name__)
+    _swap_in(denoiser, plan.edits, fitted or {})
+    return _signed(denoiser, plan)
+
+
+@contextmanager
+def trial(denoiser: nn.Module, edits: Sequence[Edit], *, fitted: Fitted | None = None) -> Iterator[nn.Module]:
+    """The denoiser with its stand-ins, for as long as the block runs; always restored."""
+    originals = _swap_in(denoiser, edits, fitted or {})
+    try:
+        yield denoiser
+    finally:
+        for path, module in originals.items():
+            _place(denoiser, path, module)
+
+
+def _swap_in(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted) -> dict[str, nn.Module]:
+    """Build every stand-in before the first is put in place, so that an error changes nothing."""
+    _check_apart(edits)
+    originals = {edit.operator: _operator(denoiser, edit.operator) for edit in edits}
+    stand_ins = {edit.operator: _stand_in(originals[edit.operator], edit, denoiser, fitted) for edit in edits}
+    for path, stand_in in stand_ins.items():
+        _place(denoiser, path, stand_in)
+    return originals
+
+
+def _operator(denoiser: nn.Module, path: str) -> nn.Module:
+    try:
+        return denoiser.get_submodule(path)
+    except AttributeError as error:
+        known = [name for name, _ in denoiser.named_modules() if name]
+        raise OperatorError(f"{path!r} is no operator of this {type(denoiser).__name__}: {suggest(path, known)}") from error
+
+
+def _stand_in(original: nn.Module, edit: Edit, denoiser: nn.Module, fitted: Fitted) -> nn.Module:
+    if edit.replacement not in STAND_INS:
+        raise OperatorError(f"{edit.operator}: replacement {edit.replacement!r} is unknown: {suggest(edit.replacement, STAND_INS)}")
+    try:
+        stand_in = build(edit.replacement, dict(edit.options), original)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"{edit.operator}: the plan's options do not make a {edit.replacement!r} ({error}).") from error
+    if isinstance(stand_in, Pointwise):
+        stand_in = _with_weights(stand_in, edit.operator, original, denoiser, fitted)
+    return stand_in.train(original.training)
+
+
+def _with_weights(stand_in: Pointwise, operator: str, original: nn.Module, denoiser: nn.Module, fitted: Fitted) -> Pointwise:
+    if operator not in fitted:
+        raise PlanError(f"{operator}: a pointwise stand-in needs fitted weights; prune the whole pipeline, which fits them.")
+    weight, bias = fitted[operator]
+    like = next(original.parameters(), next(denoiser.parameters()))
+    with torch.no_grad():
+        stand_in.map.weight.copy_(weight)
+        stand_in.map.bias.copy_(bias)
+    return stand_in.to(device=like.device, dtype=like.dtype)
+
+
+def _check_apart(edits: Sequence[Edit]) -> None:
+    paths = sorted(edit.operator for edit in edits)
+    for path, following in itertools.pairwise(paths):
+        if any(within(following, other) for other in paths if other != following) or path == following:
+            raise PlanError(f"{following}: a plan holds a block or its parts, never both.")
+
+
+def _place(denoiser: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, name = path.rpartition(".")
+    denoiser.get_submodule(parent)._modules[name] = module
+
+
+def removed_operators(denoiser: Any) -> dict[str, dict[str, Any]]:
+    """What was replaced in `denoiser` so far, as its config.json holds it; empty for an original."""
+    config = getattr(denoiser, "config", {}).get("quantization_config") or {}
+    return dict(config.get("operators", {})) if config.get("quant_method") == Method.LDPRUNER.value else {}
+
+
+def _signed(pruned: Any, plan: Plan) -> nn.Module:
+    """Write the edits into the denoiser's configuration, so that any later save carries them."""
+    new = plan.operators_config()
+    kept = {path: entry for path, entry in removed_operators(pruned).items() if not any(within(path, block) for block in new)}
+    if hasattr(pruned, "register_to_config"):
+        signature = {"quant_method": Method.LDPRUNER.value, "format_version": FORMAT_VERSION, "operators": kept | new}
+        pruned.register_to_config(quantization_config=signature)
+    module: nn.Module = pruned
+    return module

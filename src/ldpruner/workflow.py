@@ -1,0 +1,144 @@
+"""The whole job, in the order in which a person would do it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from ldpruner import artifacts, surgery
+from ldpruner.benchmarking import Comparison, compare_calls, environment
+from ldpruner.errors import PlanError
+from ldpruner.fitting import fit_pointwise, pointwise_wanted
+from ldpruner.operators.tracing import architecture, count_macs
+from ldpruner.pipelines import Pipeline, as_pipeline
+from ldpruner.plan import Plan
+from ldpruner.planning import plan as make_plan
+from ldpruner.planning import pruned_view
+from ldpruner.probes import Probe
+from ldpruner.scoring import score
+from ldpruner.scoring.engine import Progress
+from ldpruner.scoring.latent import latent_shift
+
+log = logging.getLogger(__name__)
+
+Model = str | os.PathLike[str] | DiffusionPipeline | Pipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pruned:
+    """A pruned denoiser beside the pipeline that it came from, with what was removed and what that did."""
+
+    pipeline: Pipeline  # the original, untouched
+    denoiser: nn.Module
+    plan: Plan
+    fitted: surgery.Fitted
+    latency: Comparison  # one denoiser call, original first
+    params: tuple[int, int]  # original, pruned
+    macs: tuple[int, int]  # of one denoiser call for one sample
+    latent_shift: float  # of all edits together, by the paper's formula on the plan's probe
+
+    @property
+    def pipe(self) -> DiffusionPipeline:
+        """The pruned pipeline, around the original's other parts."""
+        return type(self.pipeline.pipe)(**{**self.pipeline.pipe.components, self.pipeline.component: self.denoiser})
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain numbers: ratios are pruned / original."""
+        return {
+            "latency_ratio": self.latency.ratio.value,
+            "params_ratio": self.params[1] / self.params[0],
+            "macs_ratio": self.macs[1] / self.macs[0],
+            "latent_shift": self.latent_shift,
+            "edits": len(self.plan.edits),
+        }
+
+    def record(self) -> dict[str, Any]:
+        """All that was measured, with units, counts, spreads and the environment."""
+        latency = {name: asdict(getattr(self.latency, name)) for name in ("first", "second", "ratio")}
+        return {
+            **self.summary(),
+            "latency": {"original": latency["first"], "pruned": latency["second"], "ratio": latency["ratio"]},
+            "params": {"original": self.params[0], "pruned": self.params[1]},
+            "macs": {"original": self.macs[0], "pruned": self.macs[1]},
+            "probe": self.plan.probe.to_json() if self.plan.probe else None,
+            "environment": environment(self.denoiser),
+        }
+
+    def save_pretrained(self, out: str | os.PathLike[str], *, form: str = "portable") -> None:
+        """Write a folder that plain diffusers loads; `form` is portable, plugin or dense."""
+        artifacts.save(self.pipeline, self.denoiser, self.plan, Path(out), form=form, record=self.record(), fitted=self.fitted)
+
+
+def prune(
+    model: Model,
+    budget: Mapping[str, str | float] | None = None,
+    *,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    probe: Probe | None = None,
+    run: str | os.PathLike[str] | None = None,
+    method: str = "paper",
+    selection: str = "order",
+    replacements: Sequence[str] | None = None,
+    batch_size: int | None = None,
+    progress: Progress | None = None,
+) -> Pruned:
+    """Score, plan and prune a pipeline; the model that was given stays as it was.
+
+    Give a `budget` such as `{"latency": "65%"}`, or a `plan` made before. `run` names a folder that keeps the scores: they
+    are resumed and reused from there. Raises `LDPrunerError` with what to do.
+    """
+    if (budget is None) == (plan is None):
+        raise PlanError("give either a budget or a plan.")
+    pipeline = as_pipeline(model)
+    if plan is not None:
+        return apply(pipeline, plan if isinstance(plan, Plan) else Plan.load(Path(plan)))
+    assert budget is not None
+    scored = score(
+        pipeline,
+        probe or Probe(),
+        method=method,
+        replacements=replacements,
+        out=Path(run) if run else None,
+        batch_size=batch_size,
+        progress=progress,
+    )
+    planned = make_plan(pipeline, scored, budget, selection=selection, replacements=replacements)
+    return _measured(pipeline, planned.plan, scored.fitted, planned.measured)
+
+
+def apply(pipeline: Pipeline, plan: Plan) -> Pruned:
+    """Prune by a plan; pointwise stand-ins are fitted anew on the plan's probe. Raises `PlanError` for another model's."""
+    plan.check_model(architecture(pipeline.denoiser), type(pipeline.denoiser).__name__)
+    fitted = fit_pointwise(pipeline, pointwise_wanted(plan.edits), plan.probe or Probe())
+    return _measured(pipeline, plan, fitted, None)
+
+
+def _measured(pipeline: Pipeline, plan: Plan, fitted: surgery.Fitted, latency: Comparison | None) -> Pruned:
+    probe = plan.probe or Probe()
+    original = pipeline.denoiser
+    denoiser = surgery.prune(original, plan, fitted=fitted)
+    call = pipeline.call(probe)
+    reference = pipeline.latents(probe)
+    with pipeline.with_denoiser(denoiser):
+        shift = latent_shift(reference, pipeline.latents(probe))
+    return Pruned(
+        pipeline=pipeline,
+        denoiser=denoiser,
+        plan=plan,
+        fitted=fitted,
+        latency=latency or compare_calls(original, pruned_view(original, plan.edits, fitted), call),
+        params=(_params(original), _params(denoiser)),
+        macs=(count_macs(original, call), count_macs(denoiser, call)),
+        latent_shift=shift,
+    )
+
+
+def _params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

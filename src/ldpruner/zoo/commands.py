@@ -1,0 +1,22 @@
+"""`ldpruner zoo train NAME`: train, put the pipeline together, measure it, write its card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ldpruner.errors import UnknownNameError, suggest
+
+NAMES = ("fashion",)
+
+
+def train(name: str, *, data: Path, out: Path, work: Path, reduced: bool = False) -> dict[str, Any]:
+    """Train the zoo pipeline `name` from `data` into `out`, with checkpoints in `work`, and return its figures.
+
+    `reduced` runs every step of the command on next to nothing. Raises `UnknownNameError`, or `DataError` for bad data.
+    """
+    if name not in NAMES:
+        raise UnknownNameError(f"zoo pipeline {name!r} is unknown: {suggest(name, NAMES)}")
+    from ldpruner.zoo import fashion
+
+    return fashion.make(data, out, work, fashion.REDUCED if reduced else fashion.FashionRecipe())

@@ -1,0 +1,105 @@
+"""Tiny pipelines with random weights, built from configs, and the settings that make tests quiet and repeatable."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers.utils import logging as diffusers_logging
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from ldpruner.pipelines import Pipeline
+from ldpruner.probes import Probe
+
+torch.set_num_threads(1)
+diffusers_logging.set_verbosity_error()
+diffusers_logging.disable_progress_bar()
+
+PROBE = Probe(samples=3, num_inference_steps=2)
+
+
+def tiny_ldm() -> LDMPipeline:
+    """An unconditional pipeline with residual blocks, shortcuts and attention, some 40 operators and 4x4 latents."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    vqvae = VQModel(
+        in_channels=1, out_channels=1, block_out_channels=(8,), latent_channels=4, norm_num_groups=4, num_vq_embeddings=16
+    )
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    return LDMPipeline(vqvae=vqvae.eval(), unet=unet.eval(), scheduler=scheduler)
+
+
+def tiny_stable_diffusion(folder: Path) -> StableDiffusionPipeline:
+    """A text-to-image pipeline with cross-attention and a tokenizer that knows single letters."""
+    torch.manual_seed(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=8)
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(words),
+            hidden_size=16,
+            intermediate_size=32,
+            num_attention_heads=2,
+            num_hidden_layers=1,
+            max_position_embeddings=8,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=1,
+        )
+    )
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+    )
+    vae = AutoencoderKL(block_out_channels=(8,), latent_channels=4, norm_num_groups=4, sample_size=8)
+    return StableDiffusionPipeline(
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+@pytest.fixture
+def ldm() -> Pipeline:
+    return Pipeline(tiny_ldm(), source="tiny-ldm")
+
+
+@pytest.fixture
+def text_to_image(tmp_path: Path) -> Pipeline:
+    return Pipeline(tiny_stable_diffusion(tmp_path), source="tiny-sd")
+
+
+@pytest.fixture
+def ldm_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "tiny-ldm"
+    tiny_ldm().save_pretrained(folder)
+    return folder
