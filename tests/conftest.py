@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -15,7 +16,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, StableDiffusion
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
+from ldpruner.plan import Operators
 from ldpruner.probes import Probe
 
 torch.set_num_threads(1)
@@ -86,6 +89,18 @@ def tiny_stable_diffusion(folder: Path) -> StableDiffusionPipeline:
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+@functools.cache
+def ldm_operators() -> Operators:
+    """The operators of `tiny_ldm`, which is the same each time it is built."""
+    pipeline = Pipeline(tiny_ldm(), source="tiny-ldm")
+    return discover(pipeline.denoiser, pipeline.call(PROBE), timing_repeats=1)
+
+
+@pytest.fixture
+def operators() -> Operators:
+    return ldm_operators()
 
 
 @pytest.fixture

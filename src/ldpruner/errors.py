@@ -47,7 +47,7 @@ class UnknownNameError(LDPrunerError, LookupError):
 def suggest(name: str, known: Iterable[str]) -> str:
     """A clause that names the nearest known names, or all of them when none is near and they are few."""
     names = sorted(known)
-    near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
         return f"did you mean {' or '.join(near)}?"
     return f"known: {', '.join(names)}" if len(names) <= 12 else f"none of {len(names)} known names is near"

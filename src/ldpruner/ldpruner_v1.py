@@ -107,7 +107,7 @@ def resample(inputs: Tensor, grid: list[list[int]] | None) -> Tensor:
     """Bring the spatial dimensions of `(n, channels, ...)` to `size * numerator / denominator` each."""
     if grid is None:
         return inputs
-    sizes = [size * up // down for size, (up, down) in zip(inputs.shape[2:], grid, strict=True)]
+    sizes: Any = [size * up // down for size, (up, down) in zip(inputs.shape[2:], grid, strict=True)]
     if all(new <= old for new, old in zip(sizes, inputs.shape[2:], strict=True)):
         return F.adaptive_avg_pool2d(inputs, sizes) if inputs.ndim == 4 else F.adaptive_avg_pool3d(inputs, sizes)
     return F.interpolate(inputs, sizes, mode="nearest")
@@ -145,7 +145,7 @@ class Method(str, Enum):
     LDPRUNER = "ldpruner (pip install ldpruner, then import ldpruner before loading)"
 
 
-class LDPrunerConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class LDPrunerConfig(QuantizationConfigMixin):
     """The part of config.json that says what was removed."""
 
     def __init__(self, operators: dict[str, Any], format_version: int, quant_method: str = Method.LDPRUNER.value) -> None:
@@ -154,7 +154,7 @@ class LDPrunerConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 f"this model was pruned with ldpruner's format {format_version}, and this loader reads {FORMAT_VERSION}: "
                 "update with `pip install --upgrade ldpruner`"
             )
-        self.quant_method = Method(quant_method)
+        self.quant_method: Any = Method(quant_method)
         self.format_version = format_version
         self.operators = operators
 
@@ -165,10 +165,14 @@ class LDPrunerConfig(QuantizationConfigMixin):  # type: ignore[misc]
         return self.to_dict()
 
 
-class LDPrunerQuantizer(DiffusersQuantizer):  # type: ignore[misc]
+class LDPrunerQuantizer(DiffusersQuantizer):
     """Edits the empty model before diffusers fills in the weights; no weight is quantized."""
 
     use_keep_in_fp32_modules = True
+
+    def __init__(self, quantization_config: LDPrunerConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._stored: set[str] = set()  # names of the tensors in the weights files
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         with torch.device("meta"):
@@ -176,13 +180,26 @@ class LDPrunerQuantizer(DiffusersQuantizer):  # type: ignore[misc]
         model.register_to_config(quantization_config=self.quantization_config.to_dict())
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        surplus = self._stored - model.state_dict().keys()
+        if surplus:
+            raise ValueError(
+                f"ldpruner: the weights of this pruned model hold {len(surplus)} tensors too many, first {min(surplus)}: "
+                "its config.json and its weights do not belong together"
+            )
         model.is_quantized = False  # else diffusers refuses .to(dtype) and .half()
         return model
+
+    def check_if_quantized_param(
+        self, model: Any, param_value: Any, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        """No parameter is; but here every version of diffusers shows what a weights file holds; of a surplus it warns only."""
+        self._stored.update(state_dict)
+        return False
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], prefix: str) -> list[str]:
         if missing_keys:
             raise ValueError(
-                f"ldpruner: the weights of this pruned model lack {len(missing_keys)} tensors, first {missing_keys[0]}: "
+                f"ldpruner: the weights of this pruned model lack {len(missing_keys)} tensors, first {min(missing_keys)}: "
                 "its config.json and its weights do not belong together"
             )
         return missing_keys

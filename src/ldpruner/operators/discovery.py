@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ldpruner.errors import PipelineError
 from ldpruner.ldpruner_v1 import build, install
 from ldpruner.operators.timing import device_of, time_modules, time_pointwise
-from ldpruner.operators.tracing import Call, Trace, Traced, architecture, meta_copy, tensors_in, trace, unreached_parameters
+from ldpruner.operators.tracing import Call, Trace, Traced, architecture, meta_copy, tensors_in, trace
 from ldpruner.plan import Candidate, Cost, Edit, Operator, Operators, dead_edit, outermost, within
 from ldpruner.replacements import REPLACEMENTS, pointwise_cost, zeros_like_output
 
@@ -63,26 +63,29 @@ def with_times(operators: Operators, denoiser: nn.Module, call: Call, *, repeats
 
 
 def find_dead(denoiser: nn.Module, call: Call, operators: Operators, edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """The edits, and those that take away what they leave without a use together, one by one or jointly.
+    """The edits, and those that take away what they leave without a use, one by one or jointly.
 
-    One backward pass of the pruned skeleton shows it: what no longer reaches the output gets no gradient.
+    The pruned skeleton is traced: what runs in a dead operator no longer leads to the output.
     """
     skeleton, dry = meta_copy(denoiser), call.to("meta")
-    unused = unreached_parameters(skeleton, dry)
+    before = trace(skeleton, dry)
     install(skeleton, {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in edits})
-    unreached = unreached_parameters(skeleton.to("meta"), dry) - unused
+    after = trace(skeleton.to("meta"), dry)
+    alive_before, alive = before.dataflow.reaching(), after.dataflow.reaching()
     gone = [edit.operator for edit in edits]
-    names = [o.name for o in operators.operators if o.if_dead and not any(within(o.name, path) for path in gone)]
-    dead = [name for name in names if _all_unreached(skeleton.get_submodule(name), name, unreached)]
+    dead = [
+        operator.name
+        for operator in operators.operators
+        if operator.if_dead
+        and operator.name in after.modules
+        and not any(within(operator.name, path) for path in gone)
+        and alive_before.intersection(before.modules[operator.name].operations)
+        and not alive.intersection(after.modules[operator.name].operations)
+    ]
     found = set(outermost(dead))
     kept = [edit for edit in edits if not any(within(edit.operator, path) for path in found)]
     by_name = {edit.operator: edit for edit in kept} | {name: dead_edit(operators[name]) for name in found}
-    return tuple(by_name[o.name] for o in operators.operators if o.name in by_name)
-
-
-def _all_unreached(module: nn.Module, path: str, unreached: set[str]) -> bool:
-    names = [f"{path}.{name}" for name, _ in module.named_parameters()]
-    return bool(names) and all(name in unreached for name in names)
+    return tuple(by_name[operator.name] for operator in operators.operators if operator.name in by_name)
 
 
 @dataclass

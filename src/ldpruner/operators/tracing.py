@@ -60,6 +60,8 @@ _HOMOGENEOUS = frozenset(
         "as_strided",
     ]
 )
+# Operations that look at the shape of their input, not at its numbers.
+_SHAPE_ONLY = frozenset(["new_zeros", "new_ones", "new_empty", "new_full", "zeros_like", "ones_like", "empty_like", "full_like"])
 _ADDITIONS = frozenset({"add", "add_", "sub", "sub_"})
 
 
@@ -228,7 +230,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _follow(self, operation: str, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
         inputs = tensors_in((args, kwargs))
-        self.dataflow.add((id(tensor) for tensor in inputs), (id(tensor) for tensor in tensors_in(output)))
+        read = [] if operation in _SHAPE_ONLY else inputs
+        self.dataflow.add((id(tensor) for tensor in read), (id(tensor) for tensor in tensors_in(output)))
         makers = set().union(*(self._makers.get(id(tensor), set()) for tensor in inputs))
         if operation in _ADDITIONS:
             self._added |= makers

@@ -87,11 +87,12 @@ def _saves(operators: Operators, operator: Operator, candidate: Candidate) -> di
 
 
 def _with(chosen: Chosen, option: Option, operators: Operators) -> Chosen:
-    """`chosen` with one option more; what lies in its operator goes, and it goes where a block around it is replaced."""
+    """`chosen` with one option more and without what lies in its operator or dies with it; unchanged where that is gone."""
     name = option.operator.name
     if any(within(name, other) for other in (*chosen, *_dead(chosen)) if other != name):
         return chosen
-    kept = {other: candidate for other, candidate in chosen.items() if not within(other, name)}
+    going = (name, *option.candidate.dead)
+    kept = {other: candidate for other, candidate in chosen.items() if not any(within(other, path) for path in going)}
     return kept | {name: option.candidate}
 
 

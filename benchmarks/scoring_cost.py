@@ -1,0 +1,86 @@
+"""What scoring costs beyond the denoiser's own work: forwards per second inside `score` against a bare loop, and memory.
+
+    python benchmarks/scoring_cost.py --model zoo:fashion
+
+Both loops make the same forwards (same batch, same edits in place) and take turns, candidate by candidate, in one run;
+the ratio of the two is what counts. Memory is the peak of what PyTorch and Python hold, sampled after every candidate:
+it should be the model and one batch of latents, and not grow with the operators scored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import sys
+import time
+
+import psutil
+import torch
+
+import ldpruner
+from ldpruner.benchmarking import environment
+from ldpruner.fitting import fit_pointwise, pointwise_wanted
+from ldpruner.plan import Edit
+from ldpruner.scoring import SCORERS
+from ldpruner.surgery import trial
+
+
+def main() -> None:
+    options = arguments()
+    pipeline = ldpruner.load(options.model)
+    probe = ldpruner.Probe(samples=options.samples, num_inference_steps=options.steps)
+    operators = ldpruner.discover(pipeline.denoiser, pipeline.call(probe), timing_repeats=0)
+    pairs = operators.pairs()[:: options.every]
+    edits = [Edit(operator=o.name, replacement=c.replacement, options=c.options) for o, c in pairs]
+    fitted = fit_pointwise(pipeline, pointwise_wanted(edits), probe)
+    call = pipeline.call(probe, samples=probe.samples)
+    scores = SCORERS["paper"]().scores(pipeline, edits, probe, fitted=fitted, batch_size=None)
+
+    process = psutil.Process()
+    inside, bare, resident = [], [], []
+    for edit in edits:
+        began = time.perf_counter()
+        next(scores)
+        inside.append(time.perf_counter() - began)
+        with trial(pipeline.denoiser, [edit], fitted=fitted), torch.no_grad():
+            began = time.perf_counter()
+            for _ in range(probe.num_inference_steps):
+                call.run(pipeline.denoiser)
+            bare.append(time.perf_counter() - began)
+        gc.collect()
+        resident.append(process.memory_info().rss)
+
+    inside, bare, resident = inside[2:], bare[2:], resident[2:]  # the first also makes the reference
+    third = max(1, len(resident) // 3)
+    latents = pipeline.latents(probe)
+    result = {
+        "model": options.model,
+        "candidates": len(inside),
+        "forwards": len(inside) * probe.num_inference_steps,
+        "samples": probe.samples,
+        "forwards_per_second_in_score": len(inside) * probe.num_inference_steps / sum(inside),
+        "forwards_per_second_bare": len(bare) * probe.num_inference_steps / sum(bare),
+        "score_to_bare_throughput": statistics.median(b / a for a, b in zip(inside, bare, strict=True)),
+        "model_bytes": sum(p.nbytes for p in pipeline.denoiser.parameters()),
+        "latents_bytes": latents.nbytes,
+        "resident_first_third_bytes": statistics.median(resident[:third]),
+        "resident_last_third_bytes": statistics.median(resident[-third:]),
+        "environment": environment(pipeline.denoiser),
+    }
+    json.dump(result, sys.stdout, indent=2)
+    print()
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="zoo:fashion")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--every", type=int, default=4, help="score every n-th candidate")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,243 @@
+"""Budgets and selection: what goes first, what it saves, and what is said when a budget cannot be met."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import PROBE
+from ldpruner import Plan, planning, prune, score
+from ldpruner.benchmarking import Comparison, compare_calls
+from ldpruner.operators.tracing import count_macs
+from ldpruner.pipelines import Pipeline
+from ldpruner.plan import Budget, Candidate, Cost, Operator, Operators, Score
+from ldpruner.record import Measurement
+from ldpruner.scoring import Run
+from ldpruner.selection import RANKINGS, choose, predict
+from ldpruner.surgery import prune as cut
+
+ZERO = {"returns": [], "many": False}
+
+
+def operator(name: str, ms: float, *replacements: str, dead: tuple[str, ...] = (), stand_in_ms: float = 0.0) -> Operator:
+    """An operator that costs `ms` milliseconds, as many parameters, and twice as many MACs."""
+    return Operator(
+        name=name,
+        kind="Conv2d",
+        input_shape=(1,),
+        output_shape=(1,),
+        cost=Cost(params=int(ms), macs=int(2 * ms), latency_ms=ms),
+        parent=None,
+        candidates=tuple(
+            Candidate(replacement=r, options=ZERO, cost=Cost(latency_ms=stand_in_ms if r == "pointwise" else 0.0), dead=dead)
+            for r in replacements
+        ),
+        if_dead=ZERO,
+    )
+
+
+def operators(*given: Operator) -> Operators:
+    return Operators(model="m", denoiser="D", total=Cost(params=100, macs=200, latency_ms=100.0), device="cpu", operators=given)
+
+
+def scored(*values: tuple[str, str, float]) -> list[Score]:
+    return [Score(operator=o, replacement=r, score=s, mean_shift=s, std_shift=0.0, seconds=0.0) for o, r, s in values]
+
+
+PLAIN = operators(operator("a", 10, "identity"), operator("b", 30, "identity"), operator("c", 20, "identity"))
+SCORES = scored(("a", "identity", 1.0), ("b", "identity", 6.0), ("c", "identity", 3.0))
+
+
+def chosen(choice: object) -> list[str]:
+    return [edit.operator for edit in choice.edits]  # type: ignore[attr-defined]
+
+
+def test_order_takes_the_lowest_scores_until_the_budget_is_met() -> None:
+    assert chosen(choose(PLAIN, SCORES, {"latency": 0.9})) == ["a"]
+    assert chosen(choose(PLAIN, SCORES, {"latency": 0.8})) == ["a", "c"]
+    assert choose(PLAIN, SCORES, {"latency": 0.7}).predicted == {"latency": 0.7, "macs": 0.7, "params": 0.7}
+
+
+def test_ratio_takes_the_lowest_score_per_saving() -> None:
+    assert chosen(choose(PLAIN, SCORES, {"latency": 0.9}, selection="ratio")) == ["a"]
+    cheap = scored(("a", "identity", 1.0), ("b", "identity", 2.0), ("c", "identity", 3.0))
+    assert chosen(choose(PLAIN, cheap, {"latency": 0.75}, selection="ratio")) == ["b"]
+    assert chosen(choose(PLAIN, cheap, {"latency": 0.75}, selection="order")) == ["a", "b"]
+
+
+def test_several_budgets_all_hold() -> None:
+    left = choose(PLAIN, SCORES, {"latency": 0.9, "params": 0.7})
+    assert left.predicted["params"] == pytest.approx(0.7)
+    assert not left.exhausted
+
+
+def test_a_block_replaces_its_parts_and_a_part_of_a_gone_block_is_passed_over() -> None:
+    nested = operators(operator("block", 40, "identity"), operator("block.a", 10, "identity"), operator("block.b", 10, "identity"))
+    parts_first = scored(("block", "identity", 3.0), ("block.a", "identity", 1.0), ("block.b", "identity", 2.0))
+    assert chosen(choose(nested, parts_first, {"latency": 0.9})) == ["block.a"]
+    assert chosen(choose(nested, parts_first, {"latency": 0.6})) == ["block"]
+    block_first = scored(("block", "identity", 1.0), ("block.a", "identity", 2.0), ("block.b", "identity", 3.0))
+    assert chosen(choose(nested, block_first, {"latency": 0.5})) == ["block"]
+
+
+def test_a_cheaper_stand_in_gives_way_to_one_that_saves_more() -> None:
+    both = operators(operator("a", 30, "pointwise", "identity", stand_in_ms=10))
+    values = scored(("a", "pointwise", 1.0), ("a", "identity", 2.0))
+    assert choose(both, values, {"latency": 0.8}).edits[0].replacement == "pointwise"
+    assert choose(both, values, {"latency": 0.7}).edits[0].replacement == "identity"
+
+
+def test_what_dies_is_counted_once_and_taken_away() -> None:
+    feeding = operators(
+        operator("norm", 10, "identity"), operator("conv", 20, "zero", dead=("norm",)), operator("other", 5, "identity")
+    )
+    values = scored(("norm", "identity", 0.5), ("conv", "zero", 1.0), ("other", "identity", 9.0))
+    choice = choose(feeding, values, {"latency": 0.7})
+    assert [(edit.operator, edit.reason) for edit in choice.edits] == [("norm", "dead"), ("conv", "chosen")]
+    assert choice.predicted["latency"] == pytest.approx(0.7)
+    conv = feeding["conv"].candidates[0]
+    assert predict(feeding, {"conv": conv, "norm": feeding["norm"].candidates[0]}).latency_ms == 70
+
+
+def test_of_equal_scores_the_one_that_saves_more_goes_first() -> None:
+    values = scored(("a", "identity", 1.0), ("b", "identity", 1.0), ("c", "identity", 1.0))
+    assert chosen(choose(PLAIN, values, {"latency": 0.95})) == ["b"]
+
+
+def test_what_saves_nothing_of_the_budget_is_left_alone() -> None:
+    free = operators(operator("free", 0, "identity"), operator("a", 10, "identity"))
+    values = scored(("free", "identity", 0.0), ("a", "identity", 1.0))
+    assert chosen(choose(free, values, {"latency": 0.95})) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("quantity", "limit", "message"),
+    [
+        ("latency", "abc", r"budget latency=abc: give a positive number, or a share such as latency=65%\."),
+        ("latency", "-5", r"budget latency=-5: give a positive number"),
+        ("latency", "1.2.3", r"budget latency=1\.2\.3: give a positive number"),
+        ("macs", "120%", r"budget macs=120%: give a positive number"),
+        ("speed", "50%", r"budget 'speed' is unknown: known: latency, macs, params"),
+    ],
+)
+def test_a_malformed_budget_says_what_is_understood(quantity: str, limit: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Budget.parse(quantity, limit)
+
+
+def test_a_budget_is_a_share_or_a_number() -> None:
+    total = Cost(params=1000, macs=1, latency_ms=50)
+    assert Budget.parse("latency", "65%").share(total) == 0.65
+    assert Budget.parse("latency", 25).share(total) == 0.5
+    assert Budget.parse("params", "2e2").share(total) == 0.2
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Run]:
+    from conftest import ldm_operators, tiny_ldm
+
+    pipeline = Pipeline(tiny_ldm(), source="tiny-ldm")
+    return pipeline, score(pipeline, PROBE, operators=ldm_operators(), out=tmp_path_factory.mktemp("run"))
+
+
+@pytest.mark.parametrize("selection", list(RANKINGS))
+@pytest.mark.parametrize("budget", [{"macs": "70%"}, {"params": "60%"}, {"macs": "80%", "params": "70%"}])
+def test_a_counted_budget_holds_exactly_on_the_pruned_model(
+    run: tuple[Pipeline, Run], budget: dict[str, str], selection: str
+) -> None:
+    pipeline, scores = run
+    plan = planning.plan(pipeline, scores, budget, selection=selection).plan
+    pruned = cut(pipeline.denoiser, plan, fitted=scores.fitted)
+    call = pipeline.call(PROBE)
+    left = {
+        "macs": count_macs(pruned, call) / count_macs(pipeline.denoiser, call),
+        "params": sum(p.numel() for p in pruned.parameters()) / sum(p.numel() for p in pipeline.denoiser.parameters()),
+    }
+    for quantity, limit in budget.items():
+        assert left[quantity] <= float(limit.rstrip("%")) / 100
+        assert left[quantity] <= plan.predicted[quantity] + 1e-9, "what dies jointly can only save more"
+
+
+def test_a_budget_out_of_reach_says_what_can_be_reached(run: tuple[Pipeline, Run]) -> None:
+    pipeline, scores = run
+    with pytest.raises(ValueError, match=r"params 1% cannot be met: all \d+ removable operators together reach params \d+\.\d%"):
+        planning.plan(pipeline, scores, {"params": "1%"})
+
+
+class SlowMachine:
+    """Stands in for the clock: a call costs a fixed overhead, which no edit saves, and its predicted time."""
+
+    def __init__(self, operators: Operators, overhead: float) -> None:
+        self.operators = operators
+        self.overhead = overhead
+        self.asked = 0
+
+    def measure(self, plan: Plan, _: object) -> Comparison:
+        self.asked += 1
+        chosen = [edit for edit in plan.edits if edit.reason == "chosen"]
+        kept = {edit.operator: self.operators[edit.operator].candidate(edit.replacement) for edit in chosen}
+        left = predict(self.operators, kept).latency_ms / self.operators.total.latency_ms
+        ratio = Measurement(value=self.overhead + (1 - self.overhead) * left, unit="", n=1, spread=0.0, how="computed")
+        return Comparison(first=ratio, second=ratio, ratio=ratio)
+
+
+def test_the_plan_is_corrected_until_the_measured_latency_holds(run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, scores = run
+    machine = SlowMachine(scores.operators, overhead=0.3)
+    monkeypatch.setattr(planning._Search, "_measure", machine.measure)
+    planned = planning.plan(pipeline, scores, {"latency": "75%"})
+    assert planned.measured is not None
+    assert 0.6 < planned.measured.ratio.value <= 0.75
+    assert planned.plan.predicted["latency"] < 0.66, "the prediction alone would have stopped at 75 %"
+    assert machine.asked > 1
+
+
+def test_a_latency_out_of_reach_says_what_was_measured(run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, scores = run
+    monkeypatch.setattr(planning._Search, "_measure", SlowMachine(scores.operators, overhead=0.5).measure)
+    with pytest.raises(ValueError, match=r"latency 40% cannot be met: .* together reach latency [5-9]\d\.\d%"):
+        planning.plan(pipeline, scores, {"latency": "40%"})
+
+
+def test_two_equal_denoisers_take_equally_long(ldm: Pipeline) -> None:
+    comparison = compare_calls(ldm.denoiser, ldm.denoiser, ldm.call(PROBE), rounds=9)
+    assert comparison.first.n == 9
+    assert comparison.first.unit == "ms"
+    assert comparison.ratio.value > 0
+
+
+def test_a_plan_is_a_few_kilobytes_and_survives_a_trip_through_json(run: tuple[Pipeline, Run], tmp_path: Path) -> None:
+    pipeline, scores = run
+    plan = planning.plan(pipeline, scores, {"macs": "60%"}).plan
+    plan.save(tmp_path / "plan.json")
+    assert Plan.load(tmp_path / "plan.json") == plan
+    assert (tmp_path / "plan.json").stat().st_size < 20_000
+
+
+def test_the_whole_job_in_one_call_leaves_the_given_pipeline_as_it_was(ldm: Pipeline) -> None:
+    before = ldm.latents(PROBE)
+    pruned = prune(ldm.pipe, budget={"params": "60%"}, probe=PROBE, replacements=["shortcut", "identity"])
+    assert pruned.summary()["params_ratio"] <= 0.6
+    assert pruned.latent_shift > 0
+    assert json.loads(json.dumps(pruned.record()))["params"]["pruned"] == sum(p.numel() for p in pruned.denoiser.parameters())
+    assert torch.equal(ldm.latents(PROBE), before)
+    assert type(pruned.pipe) is type(ldm.pipe)
+    again = prune(ldm.pipe, plan=pruned.plan)
+    with torch.no_grad():
+        call = ldm.call(PROBE)
+        assert torch.equal(call.run(again.denoiser).sample, call.run(pruned.denoiser).sample)
+
+
+def test_a_plan_or_a_budget_not_both(ldm: Pipeline) -> None:
+    with pytest.raises(ValueError, match="give either a budget or a plan"):
+        prune(ldm)
+
+
+def test_scores_that_are_not_there_yet_are_asked_for(run: tuple[Pipeline, Run]) -> None:
+    pipeline, scores = run
+    with pytest.raises(ValueError, match="this run holds no scores yet"):
+        planning.plan(pipeline, replace(scores, scores=()), {"macs": "70%"})

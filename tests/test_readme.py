@@ -1,0 +1,72 @@
+"""What the README tells a user to type works as it stands there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Every `ldpruner` line of the README, in order, but for those that train."""
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    typed = [line.removeprefix("$ ").strip() for line in lines]
+    return [line for line in typed if line.startswith("ldpruner ") and "zoo train" not in line]
+
+
+@pytest.mark.slow
+def test_the_commands_and_then_the_python_example_run(tmp_path: Path) -> None:
+    assert len(commands()) >= 6
+    for line in commands():
+        words = shlex.split(line, comments=True)
+        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stderr}"
+    code = "\n".join(blocks("python"))
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_every_file_of_the_tree_exists() -> None:
+    tree = next(block for block in blocks("text") if "src/ldpruner/" in block)
+    folder = ROOT
+    for line in tree.splitlines():
+        indent, name = len(line) - len(line.lstrip()), line.split()[0]
+        base = ROOT if not indent else folder
+        path = base / name
+        assert path.exists(), name
+        if path.is_dir() and not indent:
+            folder = path
+
+
+def test_help_answers_without_torch() -> None:
+    code = (
+        "import sys; sys.argv = ['ldpruner', '--help']\n"
+        "from ldpruner import cli\n"
+        "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
+        "assert not {'torch', 'diffusers', 'transformers'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "prune" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_demo_and_the_cost_benchmark_run_reduced(ldm_folder: Path, tmp_path: Path) -> None:
+    demo = [ROOT / "examples" / "demo.py", "--out", tmp_path / "demo", "--samples", "2", "--steps", "1", "--latency", "95%"]
+    cost = [ROOT / "benchmarks" / "scoring_cost.py", "--samples", "2", "--steps", "1", "--every", "20"]
+    for words in (demo, cost):
+        line = [sys.executable, *words, "--model", ldm_folder]
+        done = subprocess.run([str(word) for word in line], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "demo" / "original-above-pruned.png").stat().st_size > 0

@@ -1,0 +1,483 @@
+"""Saved folders load in plain diffusers, in a process of their own, with the same output bit for bit; or fail and say why."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, UNet2DModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import ldpruner
+from conftest import PROBE, tiny_ldm, tiny_stable_diffusion
+from ldpruner import Edit, Plan, discover, ldpruner_v1
+from ldpruner.errors import ArtifactError, PipelineError, UnknownNameError
+from ldpruner.operators.discovery import find_dead
+from ldpruner.operators.tracing import architecture
+from ldpruner.pipelines import _DTYPE, Pipeline
+from ldpruner.workflow import Pruned
+
+Chosen = dict[str, str]  # operator -> replacement
+
+CHOSEN: dict[str, Chosen] = {
+    "unconditional": {
+        "down_blocks.0.downsamplers.0": "pointwise",
+        "down_blocks.0.resnets.0.conv1": "pointwise",
+        "down_blocks.1.resnets.0": "shortcut",
+        "mid_block.attentions.0": "identity",
+        "up_blocks.0.attentions.0.to_out.0": "zero",
+    },
+    "text-to-image": {
+        "down_blocks.0.attentions.0": "identity",
+        "down_blocks.1.resnets.0": "shortcut",
+        "mid_block.attentions.0.transformer_blocks.0.attn2": "zero",
+        "up_blocks.0.resnets.0.conv2": "pointwise",
+        "up_blocks.0.upsamplers.0": "pointwise",
+    },
+}
+RESAMPLING = {"down_blocks.0.downsamplers.0", "up_blocks.0.upsamplers.0"}  # no weights of a 3x3 convolution average a grid
+INPUTS = {
+    "unconditional": {"sample": (2, 4, 4, 4)},
+    "text-to-image": {"sample": (2, 4, 8, 8), "encoder_hidden_states": (2, 8, 16)},
+}
+FAMILIES = list(CHOSEN)
+
+# What a user's process does; the lines before it say what it has imported by then, and what it cannot import.
+CHILD = """
+import json, sys, torch, diffusers
+from safetensors.torch import load_file, save_file
+
+torch.set_num_threads(1)
+diffusers.utils.logging.disable_progress_bar()
+work, jobs = sys.argv[1], json.loads(sys.argv[2])
+for name, job in jobs.items():
+    if "dtype" in job["options"]:
+        job["options"][job["dtype_keyword"]] = getattr(torch, job["options"].pop("dtype"))
+    try:
+        loaded = getattr(diffusers, job["class"]).from_pretrained(job["folder"], **job["options"])
+    except Exception as error:
+        report[name] = {"error": f"{type(error).__name__}: {error}"}
+        continue
+    denoiser = getattr(loaded, "unet", loaded)
+    if job["resave"]:
+        loaded.save_pretrained(job["resave"])
+    inputs = {key: tensor.to(denoiser.dtype) for key, tensor in load_file(job["inputs"]).items()}
+    with torch.no_grad():
+        save_file({"output": denoiser(timestep=7, **inputs).sample.contiguous()}, f"{work}/{name}.safetensors")
+    report[name] = {"class": type(denoiser).__name__, "stock": type(denoiser) is getattr(diffusers, type(denoiser).__name__)}
+print(json.dumps(report))
+"""
+WITHOUT_US = """
+import sys
+sys.modules["ldpruner"] = None
+try:
+    import ldpruner
+except ImportError as error:
+    report = {"import ldpruner": str(error)}
+"""
+LDPRUNER_FIRST = """
+import sys, ldpruner
+report = {"brought": sorted({"torch", "diffusers", "transformers"} & set(sys.modules))}
+"""
+DIFFUSERS_FIRST = """
+from diffusers import DiffusionPipeline
+import ldpruner
+report = {}
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """One family's pruned pipeline, and the folders that it was saved to."""
+
+    pruned: Pruned
+    dense: Pruned  # by the same plan without the edits that the dense form cannot hold
+    folder: Path
+    inputs: Path
+
+    def output(self, denoiser: nn.Module) -> Tensor:
+        return output_of(denoiser, load_file(self.inputs))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Child:
+    """What another process found."""
+
+    report: dict[str, Any]
+    work: Path
+
+    def output(self, name: str) -> Tensor:
+        assert "error" not in self.report[name], self.report[name]
+        return load_file(self.work / f"{name}.safetensors")["output"]
+
+    def error(self, name: str) -> str:
+        assert "error" in self.report[name], f"{name} loaded"
+        return str(self.report[name]["error"])
+
+
+@torch.no_grad()
+def output_of(denoiser: Any, inputs: dict[str, Tensor]) -> Tensor:
+    output: Tensor = denoiser(timestep=7, **{name: tensor.to(denoiser.dtype) for name, tensor in inputs.items()}).sample
+    return output
+
+
+def plan_for(pipeline: Pipeline, chosen: Chosen) -> Plan:
+    """A plan with these replacements and what dies with them."""
+    call = pipeline.call(PROBE)
+    operators = discover(pipeline.denoiser, call, timing_repeats=0)
+    edits = [Edit(operator=name, replacement=how, options=operators[name].candidate(how).options) for name, how in chosen.items()]
+    edits = list(find_dead(pipeline.denoiser, call, operators, edits))
+    return Plan(model=operators.model, denoiser=operators.denoiser, edits=tuple(edits), probe=PROBE)
+
+
+def without(plan: Plan, unwanted: Callable[[Edit], bool]) -> Plan:
+    return Plan(
+        model=plan.model, denoiser=plan.denoiser, edits=tuple(edit for edit in plan.edits if not unwanted(edit)), probe=plan.probe
+    )
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
+    families = {}
+    for family, chosen in CHOSEN.items():
+        folder = tmp_path_factory.mktemp(family)
+        pipe = tiny_ldm() if family == "unconditional" else tiny_stable_diffusion(folder)
+        pipeline = Pipeline(pipe, source=f"tiny-{family}")
+        plan = plan_for(pipeline, chosen)
+        pruned = ldpruner.prune(pipeline, plan=plan)
+        dense = ldpruner.prune(pipeline, plan=without(plan, lambda edit: edit.operator in RESAMPLING))
+        pruned.save_pretrained(folder / "portable")
+        pruned.save_pretrained(folder / "plugin", form="plugin")
+        dense.save_pretrained(folder / "dense", form="dense")
+        generator = torch.Generator().manual_seed(1)
+        save_file({name: torch.randn(shape, generator=generator) for name, shape in INPUTS[family].items()}, folder / "inputs")
+        families[family] = Saved(pruned=pruned, dense=dense, folder=folder, inputs=folder / "inputs")
+    return families
+
+
+def job(saved: Saved, form: str, *, via: str = "DiffusionPipeline", resave: Path | None = None, **options: Any) -> dict[str, Any]:
+    paths = {"folder": str(saved.folder / form), "inputs": str(saved.inputs), "resave": str(resave) if resave else None}
+    return {**paths, "class": via, "options": options, "dtype_keyword": _DTYPE}
+
+
+def run_child(imports: str, jobs: dict[str, Any], work: Path) -> Child:
+    """Do `jobs` in a new process, whose caches are its own."""
+    environment = {**os.environ, "HF_HOME": str(work / "home"), "HF_MODULES_CACHE": str(work / "modules")}
+    command = [sys.executable, "-c", imports + CHILD, str(work), json.dumps(jobs)]
+    ended = subprocess.run(command, env=environment, cwd=work, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    return Child(report=json.loads(ended.stdout.splitlines()[-1]), work=work)
+
+
+@pytest.fixture(scope="module")
+def without_us(saved: dict[str, Saved], tmp_path_factory: pytest.TempPathFactory) -> Child:
+    """A process that cannot import ldpruner. What has to fail comes first: a portable folder brings our loader along."""
+    jobs = {}
+    for family, entry in saved.items():
+        stock = type(entry.pruned.denoiser).__name__
+        jobs[f"{family} untrusted"] = job(entry, "portable")
+        jobs[f"{family} untrusted component"] = job(entry, "portable", via=stock, subfolder="unet")
+        jobs[f"{family} plugin"] = job(entry, "plugin")
+        jobs[f"{family} dense"] = job(entry, "dense")
+    for family, entry in saved.items():
+        trusted = {"trust_remote_code": True}
+        jobs[f"{family} portable"] = job(entry, "portable", resave=entry.folder / "resaved", **trusted)
+        jobs[f"{family} half"] = job(entry, "portable", resave=entry.folder / "resaved-half", dtype="float16", **trusted)
+        edit_config(entry.folder / "portable", entry.folder / "damaged", lambda config: config["operators"].popitem())
+        jobs[f"{family} damaged"] = job(entry, "damaged", **trusted)
+    return run_child(WITHOUT_US, jobs, tmp_path_factory.mktemp("without-us"))
+
+
+@pytest.fixture(scope="module")
+def ldpruner_first(saved: dict[str, Saved], without_us: Child, tmp_path_factory: pytest.TempPathFactory) -> Child:
+    """A process that imports ldpruner before anything else; it also loads what the process without it saved."""
+    jobs = {}
+    for family, entry in saved.items():
+        jobs[f"{family} plugin"] = job(entry, "plugin")
+        jobs[f"{family} portable component"] = job(entry, "portable", via="AutoModel", subfolder="unet")
+        jobs[f"{family} resaved"] = job(entry, "resaved")
+        jobs[f"{family} resaved-half"] = job(entry, "resaved-half", dtype="float16")
+    return run_child(LDPRUNER_FIRST, jobs, tmp_path_factory.mktemp("ldpruner-first"))
+
+
+@pytest.fixture(scope="module")
+def diffusers_first(saved: dict[str, Saved], tmp_path_factory: pytest.TempPathFactory) -> Child:
+    jobs = {f"{family} plugin": job(entry, "plugin") for family, entry in saved.items()}
+    return run_child(DIFFUSERS_FIRST, jobs, tmp_path_factory.mktemp("diffusers-first"))
+
+
+def edit_config(source: Path, target: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a saved folder whose denoiser's `quantization_config` was changed by hand."""
+    for file in source.rglob("*.*"):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    path = target / "unet" / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config), encoding="utf-8")
+    return target
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_plans_hold_every_replacement_and_dead_operators(family: str, saved: dict[str, Saved]) -> None:
+    edits = saved[family].pruned.plan.edits
+    assert {edit.replacement for edit in edits} == set(ldpruner_v1.STAND_INS)
+    assert {edit.reason for edit in edits} == {"chosen", "dead"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_portable_folder_gives_the_same_bits_where_ldpruner_cannot_be_imported(
+    family: str, saved: dict[str, Saved], without_us: Child
+) -> None:
+    assert "ldpruner" in without_us.report["import ldpruner"]
+    expected = saved[family].output(saved[family].pruned.denoiser)
+    assert torch.equal(without_us.output(f"{family} portable"), expected)
+    assert not torch.allclose(expected, saved[family].output(saved[family].pruned.pipeline.denoiser), atol=1e-3), "nothing pruned"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("child", ["ldpruner_first", "diffusers_first"])
+def test_a_plugin_folder_gives_the_same_bits_after_one_import(
+    family: str, child: str, saved: dict[str, Saved], request: pytest.FixtureRequest
+) -> None:
+    loaded = request.getfixturevalue(child).output(f"{family} plugin")
+    assert torch.equal(loaded, saved[family].output(saved[family].pruned.denoiser))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_dense_folder_computes_the_same_with_nothing_of_ours(family: str, saved: dict[str, Saved], without_us: Child) -> None:
+    expected = saved[family].output(saved[family].dense.denoiser)
+    torch.testing.assert_close(without_us.output(f"{family} dense"), expected, rtol=1e-5, atol=1e-5)
+    config = json.loads((saved[family].folder / "dense" / "unet" / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_component_of_a_portable_folder_loads_by_itself_once_ldpruner_is_imported(
+    family: str, saved: dict[str, Saved], ldpruner_first: Child
+) -> None:
+    loaded = ldpruner_first.output(f"{family} portable component")
+    assert torch.equal(loaded, saved[family].output(saved[family].pruned.denoiser))
+
+
+def test_the_loaded_denoiser_is_exactly_the_stock_class(without_us: Child, ldpruner_first: Child, diffusers_first: Child) -> None:
+    classes = {"unconditional": UNet2DModel.__name__, "text-to-image": UNet2DConditionModel.__name__}
+    for child in (without_us, ldpruner_first, diffusers_first):
+        loaded = {name: entry for name, entry in child.report.items() if "class" in entry}
+        assert len(loaded) >= 2
+        for name, entry in loaded.items():
+            assert entry == {"class": classes[name.split()[0]], "stock": True}, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_untrusted_portable_folder_fails_and_says_to_trust_it(family: str, without_us: Child) -> None:
+    assert "trust_remote_code=True" in without_us.error(f"{family} untrusted")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("what", ["plugin", "untrusted component"])
+def test_without_our_loader_loading_fails_and_says_what_to_install(family: str, what: str, without_us: Child) -> None:
+    assert "pip install ldpruner" in without_us.error(f"{family} {what}")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_damaged_portable_folder_fails_where_ldpruner_cannot_be_imported(family: str, without_us: Child) -> None:
+    assert "its config.json and its weights do not belong together" in without_us.error(f"{family} damaged")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_plain_save_of_a_loaded_folder_is_a_plugin_folder_with_the_same_bits(
+    family: str, saved: dict[str, Saved], ldpruner_first: Child
+) -> None:
+    resaved = saved[family].folder / "resaved"
+    assert torch.equal(ldpruner_first.output(f"{family} resaved"), saved[family].output(saved[family].pruned.denoiser))
+    index = json.loads((resaved / "model_index.json").read_text(encoding="utf-8"))
+    assert index["unet"] == ["diffusers", type(saved[family].pruned.denoiser).__name__]
+    assert not list(resaved.rglob("*.py"))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_survives_loading_saving_and_loading_again(
+    family: str, saved: dict[str, Saved], without_us: Child, ldpruner_first: Child
+) -> None:
+    pruned = ldpruner.load(saved[family].folder / "portable").denoiser.half()
+    expected = saved[family].output(pruned)
+    assert expected.dtype == torch.float16
+    assert torch.equal(without_us.output(f"{family} half"), expected)
+    assert torch.equal(ldpruner_first.output(f"{family} resaved-half"), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["portable", "plugin"])
+def test_our_own_load_trusts_no_code_and_gives_a_denoiser_that_can_be_cast(family: str, form: str, saved: dict[str, Saved]) -> None:
+    denoiser = ldpruner.load(saved[family].folder / form).denoiser
+    before = saved[family].output(denoiser)
+    assert torch.equal(before, saved[family].output(saved[family].pruned.denoiser))
+    assert torch.equal(saved[family].output(denoiser.to(torch.float64)).float(), before) is False, "computed in double precision"
+    torch.testing.assert_close(saved[family].output(denoiser).float(), before)
+    assert {parameter.dtype for parameter in denoiser.half().parameters()} == {torch.float16}
+
+
+def test_a_pipeline_pruned_in_half_precision_loads_in_it(saved: dict[str, Saved], tmp_path: Path) -> None:
+    entry = saved["text-to-image"]
+    pipeline = Pipeline(tiny_stable_diffusion(tmp_path).to(torch.float16), source="half")
+    pruned = ldpruner.prune(pipeline, plan=entry.pruned.plan)
+    pruned.save_pretrained(tmp_path / "half")
+    assert all(tensor.dtype == torch.float16 for tensor in weights_of(tmp_path / "half").values())
+    loaded = ldpruner.load(tmp_path / "half", dtype=torch.float16).denoiser
+    assert torch.equal(entry.output(loaded), entry.output(pruned.denoiser))
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def test_weights_in_shards_load_with_the_same_bits(saved: dict[str, Saved], tmp_path: Path) -> None:
+    entry = saved["unconditional"]
+    entry.pruned.denoiser.save_pretrained(tmp_path, max_shard_size="30KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    assert torch.equal(entry.output(UNet2DModel.from_pretrained(tmp_path)), entry.output(entry.pruned.denoiser))
+
+
+def test_a_pruned_folder_can_be_pruned_further_and_saved_again(saved: dict[str, Saved], tmp_path: Path) -> None:
+    entry = saved["unconditional"]
+    pipeline = ldpruner.load(entry.folder / "portable")
+    more = Edit(operator="conv_norm_out", replacement="identity", options={"returns": [[0, "input"]], "many": False})
+    plan = Plan(model=architecture(pipeline.denoiser), denoiser="UNet2DModel", edits=(more,), probe=PROBE)
+    pruned = ldpruner.prune(pipeline, plan=plan)
+    pruned.save_pretrained(tmp_path / "more")
+    loaded = ldpruner.load(tmp_path / "more").denoiser
+    assert set(loaded.config.quantization_config["operators"]) == {*entry.pruned.plan.operators_config(), "conv_norm_out"}
+    assert torch.equal(entry.output(loaded), entry.output(pruned.denoiser))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_saved_plan_is_small_and_prunes_the_base_model_to_the_same_output(family: str, saved: dict[str, Saved]) -> None:
+    entry = saved[family]
+    path = entry.folder / "portable" / "pruning_plan.json"
+    assert path.stat().st_size < 20_000
+    again = ldpruner.prune(entry.pruned.pipeline, plan=path)
+    torch.testing.assert_close(entry.output(again.denoiser), entry.output(entry.pruned.denoiser), rtol=1e-4, atol=1e-5)
+
+
+def test_a_saved_plan_without_fitted_weights_prunes_the_base_model_to_the_same_bits(
+    saved: dict[str, Saved], tmp_path: Path
+) -> None:
+    entry = saved["unconditional"]
+    pruned = ldpruner.prune(entry.pruned.pipeline, plan=without(entry.pruned.plan, lambda edit: edit.replacement == "pointwise"))
+    pruned.save_pretrained(tmp_path / "out")
+    again = ldpruner.prune(Pipeline(tiny_ldm(), source="base"), plan=tmp_path / "out" / "pruning_plan.json")
+    assert torch.equal(entry.output(again.denoiser), entry.output(pruned.denoiser))
+    assert torch.equal(entry.output(ldpruner.load(tmp_path / "out").denoiser), entry.output(pruned.denoiser))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("form", ["portable", "plugin"])
+def test_the_config_says_what_was_removed_and_the_weights_hold_only_the_rest(
+    family: str, form: str, saved: dict[str, Saved]
+) -> None:
+    entry = saved[family]
+    config = json.loads((entry.folder / form / "unet" / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    assert config["format_version"] == 1
+    assert config["operators"] == json.loads(json.dumps(entry.pruned.plan.operators_config()))
+    weights = weights_of(entry.folder / form)
+    assert sum(tensor.numel() for tensor in weights.values()) == entry.pruned.params[1] < entry.pruned.params[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_folder_holds_no_pickle_and_code_only_in_the_portable_form(family: str, saved: dict[str, Saved]) -> None:
+    for form in ("portable", "plugin", "dense"):
+        folder = saved[family].folder / form
+        files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+        assert {Path(file).suffix for file in files} <= {".json", ".safetensors", ".txt", ".py", ".jinja"}
+        assert {file for file in files if file.endswith(".py")} == ({"unet/ldpruner_v1.py"} if form == "portable" else set())
+        record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
+        assert (record["form"], record["base"]) == (form, f"tiny-{family}")
+
+
+def test_the_code_in_a_portable_folder_is_the_package_s_own_file(saved: dict[str, Saved]) -> None:
+    copied = (saved["unconditional"].folder / "portable" / "unet" / "ldpruner_v1.py").read_bytes()
+    assert copied == Path(ldpruner_v1.__file__).read_bytes()
+
+
+def test_a_save_over_an_earlier_one_leaves_nothing_of_it(saved: dict[str, Saved], tmp_path: Path) -> None:
+    for form in ("portable", "plugin"):
+        saved["unconditional"].pruned.save_pretrained(tmp_path / "out", form=form)
+    assert not list(tmp_path.rglob("*.py"))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("replacement", sorted(ldpruner_v1.STAND_INS))
+def test_a_config_that_forgets_an_operator_does_not_load(
+    family: str, replacement: str, saved: dict[str, Saved], tmp_path: Path
+) -> None:
+    entry = saved[family]
+    forgotten = next(edit.operator for edit in entry.pruned.plan.edits if edit.replacement == replacement)
+    folder = edit_config(entry.folder / "plugin", tmp_path / "damaged", lambda config: config["operators"].pop(forgotten))
+    with pytest.raises(ValueError, match=r"weights of this pruned model (lack|hold) .* first .*do not belong together"):
+        type(entry.pruned.denoiser).from_pretrained(folder, subfolder="unet")
+    with pytest.raises(PipelineError, match="do not belong together"):
+        ldpruner.load(folder)
+
+
+@pytest.mark.parametrize("replacement", ["identity", "zero"])
+def test_a_config_that_removes_more_than_the_weights_lack_does_not_load(
+    replacement: str, saved: dict[str, Saved], tmp_path: Path
+) -> None:
+    options = {"returns": [[0, "input"]], "many": False}
+    if replacement == "zero":
+        options = {"returns": [{"source": [0, "input"], "shape": [[0, 1, 1], 16, [2, 1, 1], [3, 1, 1]]}], "many": False}
+    more = {"mid_block.resnets.0.conv1": {"replacement": replacement, "options": options}}
+    entry = saved["unconditional"]
+    folder = edit_config(entry.folder / "plugin", tmp_path / "damaged", lambda config: config["operators"].update(more))
+    message = r"hold 2 tensors too many, first mid_block\.resnets\.0\.conv1\.bias: .* do not belong together"
+    with pytest.raises(ValueError, match=message):
+        UNet2DModel.from_pretrained(folder, subfolder="unet")
+    with pytest.raises(PipelineError, match=message):
+        ldpruner.load(folder)
+
+
+def test_a_config_that_names_an_operator_the_model_lacks_does_not_load(saved: dict[str, Saved], tmp_path: Path) -> None:
+    unknown = {"mid_block.resnets.9": {"replacement": "identity", "options": {"returns": [[0, "input"]], "many": False}}}
+    entry = saved["unconditional"]
+    folder = edit_config(entry.folder / "plugin", tmp_path / "damaged", lambda config: config["operators"].update(unknown))
+    with pytest.raises(AttributeError, match="9"):
+        UNet2DModel.from_pretrained(folder, subfolder="unet")
+
+
+def test_a_format_of_the_future_asks_for_an_upgrade(saved: dict[str, Saved], tmp_path: Path) -> None:
+    entry = saved["unconditional"]
+    folder = edit_config(entry.folder / "plugin", tmp_path / "future", lambda config: config.update(format_version=2))
+    message = r"pruned with ldpruner's format 2, and this loader reads 1: update with `pip install --upgrade ldpruner`"
+    with pytest.raises(ValueError, match=message):
+        UNet2DModel.from_pretrained(folder, subfolder="unet")
+    with pytest.raises(PipelineError, match=message):
+        ldpruner.load(folder)
+
+
+def test_the_dense_form_refuses_what_no_weights_can_do_and_names_it(saved: dict[str, Saved], tmp_path: Path) -> None:
+    message = r"cannot hold 1 of \d+ edits \(pointwise at down_blocks\.0\.downsamplers\.0\)\. Save as portable, or plan with"
+    with pytest.raises(ArtifactError, match=message):
+        saved["unconditional"].pruned.save_pretrained(tmp_path / "out", form="dense")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_form_is_refused_before_anything_is_written(saved: dict[str, Saved], tmp_path: Path) -> None:
+    with pytest.raises(UnknownNameError, match=r"form 'portabel' is unknown: did you mean portable\?"):
+        saved["unconditional"].pruned.save_pretrained(tmp_path / "out", form="portabel")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_importing_ldpruner_brings_neither_torch_nor_diffusers(ldpruner_first: Child) -> None:
+    assert ldpruner_first.report["brought"] == []

@@ -1,0 +1,172 @@
+"""Scoring: the paper's formula on shared noise, exact where nothing changes, resumable where it is interrupted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from conftest import PROBE
+from ldpruner import Edit, Probe, score
+from ldpruner.fitting import fit_pointwise
+from ldpruner.ldpruner_v1 import resample
+from ldpruner.pipelines import Pipeline
+from ldpruner.plan import Operators
+from ldpruner.scoring import SCORERS, Run
+from ldpruner.scoring.latent import BROKEN, Statistics, latent_shift, shifts
+
+CHEAP = ["identity", "shortcut"]
+
+
+def test_the_score_is_the_formula_of_the_paper() -> None:
+    generator = np.random.default_rng(0)
+    a, b = generator.normal(size=(5, 4, 3, 3)), generator.normal(1, 2, size=(5, 4, 3, 3))
+    by_hand = np.sqrt(((a.mean(0) - b.mean(0)) ** 2).sum()) + np.sqrt(((a.std(0, ddof=1) - b.std(0, ddof=1)) ** 2).sum())
+    assert latent_shift(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(by_hand, rel=1e-12)
+
+
+def test_a_score_is_the_formula_on_the_latents_of_both_models(ldm: Pipeline, operators: Operators) -> None:
+    run = score(ldm, PROBE, operators=operators, replacements=["shortcut"])
+    original = ldm.latents(PROBE).numpy()
+    entry = run.scores[0]
+    block = ldm.denoiser.get_submodule(entry.operator)
+    block.forward = lambda hidden, *_: block.conv_shortcut(hidden)  # what a shortcut is, said without our code
+    changed = ldm.latents(PROBE).numpy()
+    mean = np.linalg.norm(original.mean(0) - changed.mean(0))
+    std = np.linalg.norm(original.std(0, ddof=1) - changed.std(0, ddof=1))
+    assert entry.score == pytest.approx(mean + std, rel=1e-5)
+    assert entry.mean_shift == pytest.approx(mean, rel=1e-5)
+
+
+def test_changing_nothing_scores_exactly_zero(ldm: Pipeline) -> None:
+    assert latent_shift(ldm.latents(PROBE), ldm.latents(PROBE)) == 0.0
+    nothing = SCORERS["paper"]().scores(
+        ldm,
+        [Edit(operator="mid_block.resnets.0.dropout", replacement="identity", options={"returns": [[0, "x"]], "many": False})],
+        PROBE,
+        fitted={},
+        batch_size=None,
+    )
+    assert next(iter(nothing)).score == 0.0
+
+
+def test_a_rerun_is_equal_to_the_bit_and_order_does_not_matter(ldm: Pipeline, operators: Operators) -> None:
+    first = {entry.key: entry.score for entry in score(ldm, PROBE, operators=operators, replacements=CHEAP).scores}
+    turned = replace(operators, operators=operators.operators[::-1])
+    second = {entry.key: entry.score for entry in score(ldm, PROBE, operators=turned, replacements=CHEAP).scores}
+    assert first == second
+    assert len(first) > 20
+    assert len(set(first.values())) > 15
+
+
+def test_batch_size_does_not_matter(ldm: Pipeline, operators: Operators) -> None:
+    whole = score(ldm, PROBE, operators=operators, replacements=["shortcut"]).scores
+    split = score(ldm, PROBE, operators=operators, replacements=["shortcut"], batch_size=2).scores
+    assert [entry.score for entry in whole] == pytest.approx([entry.score for entry in split], rel=1e-5)
+
+
+def test_every_replacement_that_fits_is_scored(ldm: Pipeline, operators: Operators) -> None:
+    run = score(ldm, PROBE, operators=operators)
+    assert {entry.key for entry in run.scores} == {(o.name, c.replacement) for o, c in operators.pairs()}
+    assert {"identity", "zero", "shortcut", "pointwise"} == {entry.replacement for entry in run.scores}
+    assert all(np.isfinite(entry.score) for entry in run.scores)
+
+
+def test_latents_that_blow_up_score_worst_and_stay_a_number() -> None:
+    fine, broken = torch.zeros(3, 4), torch.full((3, 4), torch.nan)
+    assert shifts(Statistics.of(fine), Statistics.of(broken)) == (BROKEN, BROKEN)
+
+
+def test_an_interrupted_run_goes_on_where_it_stopped(ldm: Pipeline, operators: Operators, tmp_path: Path) -> None:
+    def stop_after_five(scores, done, total):
+        for count, entry in enumerate(scores):
+            yield entry
+            if count == 4:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        score(ldm, PROBE, operators=operators, replacements=CHEAP, out=tmp_path / "run", progress=stop_after_five)
+    lines = (tmp_path / "run" / "scores.jsonl").read_bytes()
+    kept = lines.splitlines()[:5]
+    (tmp_path / "run" / "scores.jsonl").write_bytes(b"\n".join(kept) + b'\n{"operator": "mid_bl')  # killed while writing
+
+    seen: list[tuple[int, int]] = []
+
+    def watch(scores, done, total):
+        seen.append((done, total))
+        return scores
+
+    resumed = score(ldm, PROBE, operators=operators, replacements=CHEAP, out=tmp_path / "run", progress=watch)
+    assert seen == [(5, len(resumed.scores))]
+    assert (tmp_path / "run" / "scores.jsonl").read_bytes().splitlines()[:5] == kept
+    unbroken = score(ldm, PROBE, operators=operators, replacements=CHEAP)
+    assert {e.key: e.score for e in resumed.scores} == {e.key: e.score for e in unbroken.scores}
+
+
+def test_a_run_folder_can_be_read_back(ldm: Pipeline, operators: Operators, tmp_path: Path) -> None:
+    run = score(ldm, PROBE, operators=operators, replacements=["shortcut", "pointwise"], out=tmp_path / "run")
+    loaded = Run.load(tmp_path / "run")
+    assert loaded.scores == run.scores
+    assert loaded.operators == operators
+    assert loaded.probe == PROBE
+    assert all(torch.equal(loaded.fitted[name][0], weight) for name, (weight, _) in run.fitted.items())
+
+
+def test_scores_of_another_probe_are_not_mixed_in(ldm: Pipeline, operators: Operators, tmp_path: Path) -> None:
+    score(ldm, PROBE, operators=operators, replacements=["shortcut"], out=tmp_path / "run")
+    with pytest.raises(ValueError, match=r"run: holds scores of another probe\. Name another folder with --out\."):
+        score(ldm, replace(PROBE, seed=1), operators=operators, replacements=["shortcut"], out=tmp_path / "run")
+    with torch.no_grad():
+        ldm.denoiser.conv_in.bias += 1
+    with pytest.raises(ValueError, match=r"run: holds scores of another weights\."):
+        score(ldm, PROBE, operators=operators, replacements=["shortcut"], out=tmp_path / "run")
+
+
+def test_one_sample_has_no_standard_deviation(ldm: Pipeline) -> None:
+    with pytest.raises(ValueError, match="samples=1: a standard deviation over samples needs 2 or more"):
+        score(ldm, Probe(samples=1))
+
+
+def test_the_denoiser_is_restored_after_scoring(ldm: Pipeline, operators: Operators) -> None:
+    modules = dict(ldm.denoiser.named_modules())
+    score(ldm, PROBE, operators=operators, replacements=["shortcut"])
+    assert dict(ldm.denoiser.named_modules()) == modules
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules.values())
+
+
+def test_a_pointwise_stand_in_is_the_least_squares_map(ldm: Pipeline, operators: Operators) -> None:
+    name = "mid_block.resnets.0"
+    options = operators[name].candidate("pointwise").options
+    given: list[torch.Tensor] = []
+    made: list[torch.Tensor] = []
+
+    def watch(_: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        given.append(args[0])
+        made.append(output)
+
+    hook = ldm.denoiser.get_submodule(name).register_forward_hook(watch)
+    ldm.latents(PROBE)
+    hook.remove()
+    rows = [torch.cat(tensors).movedim(1, -1).reshape(-1, 16).double().numpy() for tensors in (given, made)]
+    with_ones = np.concatenate([rows[0], np.ones((len(rows[0]), 1))], axis=1)
+    expected, *_ = np.linalg.lstsq(with_ones, rows[1], rcond=None)
+    weight, bias = fit_pointwise(ldm, {name: options}, PROBE, ridge=0.0)[name]
+    assert np.allclose(weight.numpy(), expected[:-1].T, atol=1e-4)
+    assert np.allclose(bias.numpy(), expected[-1], atol=1e-4)
+
+
+def test_a_pointwise_stand_in_resamples_where_the_grid_changes() -> None:
+    latents = torch.arange(16.0).view(1, 1, 4, 4)
+    assert torch.equal(resample(latents, [[1, 2], [1, 2]])[0, 0], torch.tensor([[2.5, 4.5], [10.5, 12.5]]))
+    assert resample(latents, [[2, 1], [2, 1]]).shape == (1, 1, 8, 8)
+
+
+def test_text_prompts_reach_the_denoiser_in_turn(text_to_image: Pipeline) -> None:
+    both = text_to_image.latents(replace(PROBE, prompts=("a", "b")))
+    only_a = text_to_image.latents(replace(PROBE, prompts=("a",)))
+    assert torch.equal(both[0], only_a[0])
+    assert not torch.equal(both[1], only_a[1])
