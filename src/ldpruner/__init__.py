@@ -75,4 +75,5 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"ldpruner.{_LAZY[name]}"), name)
 
 
+globals().pop("plan")  # the module of that name, which the imports above put here: `ldpruner.plan` is the function
 _imports.arrange()

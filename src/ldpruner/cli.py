@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ldpruner.errors import BudgetError, LDPrunerError
+from ldpruner.errors import BudgetError, LDPrunerError, UnknownNameError
 from ldpruner.probes import Probe
 
 if TYPE_CHECKING:
@@ -263,7 +263,7 @@ def benchmark(model: str, against: str | None, rounds: int, as_json: bool, **set
     print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
 
 
-@app.group()
+@app.group(no_args_is_help=False)
 def zoo() -> None:
     """The small trained pipelines that ship with the package."""
 
@@ -289,7 +289,7 @@ def main() -> None:
     """Run the command line; what the user can mend ends as one line on stderr and exit code 2."""
     _quieten()
     try:
-        app(standalone_mode=False)
+        app(sys.argv[1:] or ["--help"], standalone_mode=False)
     except click.ClickException as error:
         _fail(error.format_message(), 2)
     except (click.Abort, KeyboardInterrupt):
@@ -307,7 +307,7 @@ def _quieten() -> None:
     """Keep other libraries' notices out of the way of ours; LDPRUNER_LOG=INFO shows what is chosen and why."""
     logging.basicConfig(stream=sys.stderr, format="%(message)s", level=os.environ.get("LDPRUNER_LOG", "WARNING"))
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # it logs, and then raises, what we tell
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore")
 
@@ -315,10 +315,14 @@ def _quieten() -> None:
 def _load(model: str, settings: Settings) -> Pipeline:
     import torch
     from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
+    from transformers.utils import logging as transformers_logging
 
     from ldpruner.pipelines import load
 
     diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    enable_progress_bars()  # transformers' switch turned off those of downloads too
     names = ("device", "revision", "variant", "trust_remote_code")
     return load(model, dtype=getattr(torch, settings["dtype"]), **{name: settings[name] for name in names})
 
@@ -331,6 +335,8 @@ def _probe(settings: Settings) -> Probe:
 def _budget(given: tuple[str, ...]) -> dict[str, str | float]:
     from ldpruner.plan import parse_budgets
 
+    if not given:
+        raise BudgetError("no budget was given: say --budget QUANTITY=LIMIT, such as --budget latency=65%.")
     budget: dict[str, str | float] = {}
     for entry in given:
         quantity, equals, limit = entry.partition("=")
@@ -342,7 +348,12 @@ def _budget(given: tuple[str, ...]) -> dict[str, str | float]:
 
 
 def _names(given: str | None) -> list[str] | None:
-    return [name.strip() for name in given.split(",") if name.strip()] if given else None
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names:
+        raise UnknownNameError(f"--replacements {given!r}: names none. Leave it out to allow all.")
+    return names
 
 
 def _progress(scores: Iterable[Score], done: int, total: int) -> Iterable[Score]:

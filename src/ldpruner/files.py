@@ -13,16 +13,20 @@ from typing import Any
 
 from ldpruner.errors import ArtifactError, LDPrunerError
 
+MARKER = ".ldpruner"  # in every folder that we wrote: only such a folder, or an empty one, is ever replaced
+
 
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A scratch folder that becomes `target` when the block ends well, and vanishes when it does not.
 
-    An existing `target` is replaced in whole. Raises `ArtifactError` where the disk refuses.
+    A `target` that is empty, or that an earlier call wrote, is replaced in whole. Raises `ArtifactError` where it holds
+    anything else, or the disk refuses.
     """
     scratch = _scratch_beside(target)
     try:
         yield scratch
+        (scratch / MARKER).write_text("Written by ldpruner, which may replace this folder.\n", encoding="utf-8")
         _replace_folder(scratch, target)
     except LDPrunerError:
         raise
@@ -42,13 +46,18 @@ def refused_by_disk(error: BaseException) -> bool:
 
 
 def check_writable(target: Path) -> None:
-    """Raise `ArtifactError` now, not after hours of work, where a folder `target` could not be written."""
+    """Raise `ArtifactError` now, not after hours of work, where a folder `target` could not be written. Leaves no trace."""
+    missing = [parent for parent in target.parents if not parent.exists()]
     _scratch_beside(target).rmdir()
+    for parent in missing:
+        parent.rmdir()
 
 
 def _scratch_beside(target: Path) -> Path:
     if target.exists() and not target.is_dir():
         raise ArtifactError(f"{target}: is a file; name a folder to write to.")
+    if target.exists() and any(target.iterdir()) and not (target / MARKER).exists():
+        raise ArtifactError(f"{target}: holds files that ldpruner did not write. Empty it, or name another folder.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))

@@ -110,6 +110,9 @@ class Pipeline:
         generators = [torch.Generator("cpu").manual_seed(probe.seed + row) for row in rows]
         arguments: dict[str, Any] = {"generator": generators, "num_inference_steps": probe.num_inference_steps}
         accepted = inspect.signature(self.pipe.__call__).parameters
+        for name, asked in (("prompt", bool(probe.prompts)), ("guidance_scale", probe.guidance_scale is not None)):
+            if asked and name not in accepted:
+                raise PipelineError(f"{self.source}: {type(self.pipe).__name__} takes no {name}. Leave it out.")
         if "prompt" in accepted:
             prompts = probe.prompts or ("",)
             arguments["prompt"] = [prompts[row % len(prompts)] for row in rows]
@@ -121,6 +124,8 @@ class Pipeline:
             return self.pipe(**arguments)
         except _SeenEnoughError:
             return None
+        except ValueError as error:  # how pipelines and schedulers refuse what they are asked
+            raise PipelineError(f"{self.source}: {type(self.pipe).__name__} refuses to run ({_one_line(error)}).") from error
 
     @contextmanager
     def _watched_steps(self, last: list[Tensor]) -> Iterator[None]:
@@ -196,8 +201,15 @@ def load(
         raise PipelineError(_explain(str(model), path, error)) from error
     pipeline = Pipeline(pipe, source=str(model), component=component)
     _check_weights(pipeline)
-    pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    _move(pipeline, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return pipeline
+
+
+def _move(pipeline: Pipeline, device: str) -> None:
+    try:
+        pipeline.pipe.to(device)
+    except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch built without that device; no memory left
+        raise PipelineError(f"{pipeline.source}: cannot be moved to device {device!r} ({_one_line(error)}). Try cpu.") from error
 
 
 def locate(model: str | os.PathLike[str]) -> str:
@@ -231,8 +243,11 @@ def _explain(model: str, path: str, error: Exception) -> str:
     )
     if damaged is not None:
         return f"{model}: {damaged.relative_to(path)} is truncated or damaged. Copy or download it again."
-    reason = " ".join(str(error).split())
-    return f"{model}: cannot be loaded ({type(error).__name__}: {reason[:300]})."
+    return f"{model}: cannot be loaded ({type(error).__name__}: {_one_line(error)})."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def _readable(file: Path) -> bool:

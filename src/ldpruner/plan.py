@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -168,7 +169,7 @@ class Budget:
             value = float(match[1]) if match else -1.0
         except ValueError:
             value = -1.0
-        if match is None or value <= 0 or (match[2] and value > 100):
+        if match is None or not 0 < value < math.inf or (match[2] and value > 100):
             raise BudgetError(f"budget {quantity}={limit}: give a positive number, or a share such as {quantity}=65%.")
         return cls(quantity=quantity, limit=value / 100 if match[2] else value, relative=bool(match[2]))
 
@@ -239,6 +240,6 @@ class Plan:
             return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, PlanError):
-                raise
+                raise PlanError(f"{path}: {error}") from error
             reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             raise PlanError(f"{path}: is no plan ({reason}). Make one with `ldpruner plan`.") from error

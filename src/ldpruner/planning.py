@@ -15,6 +15,7 @@ from ldpruner.operators.discovery import find_dead
 from ldpruner.operators.tracing import Call, architecture
 from ldpruner.pipelines import Pipeline
 from ldpruner.plan import Budget, Edit, Plan, Quantity, parse_budgets
+from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring import Run
 from ldpruner.selection import Choice, choose
 from ldpruner.surgery import Fitted, trial
@@ -51,6 +52,8 @@ def plan(
     if architecture(pipeline.denoiser) != run.operators.model:
         raise RunError(f"{run.source}: these scores are of another model than {pipeline.source}. Score this one.")
     budgets = parse_budgets(budget)
+    for name in replacements or ():
+        REPLACEMENTS[name]
     scores = [entry for entry in run.scores if replacements is None or entry.replacement in replacements]
     targets: Targets = {b.quantity: b.share(run.operators.total) for b in budgets}
     search = _Search(pipeline=pipeline, run=replace(run, scores=tuple(scores)), budgets=budgets, selection=selection, rounds=rounds)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ldpruner.errors import OperatorError, PlanError, suggest
-from ldpruner.ldpruner_v1 import FORMAT_VERSION, STAND_INS, Method, Pointwise, build
-from ldpruner.operators.tracing import architecture
+from ldpruner.ldpruner_v1 import FORMAT_VERSION, STAND_INS, Method, Pointwise, build, install
+from ldpruner.operators.tracing import Call, architecture, meta_copy
 from ldpruner.plan import Edit, Plan, within
 
 Fitted = Mapping[str, tuple[Tensor, Tensor]]  # operator -> weight (out, in) and bias (out) of its pointwise stand-in
@@ -49,6 +49,29 @@ def trial(denoiser: nn.Module, edits: Sequence[Edit], *, fitted: Fitted | None =
             _place(denoiser, path, module)
 
 
+def check_edits(denoiser: nn.Module, edits: Sequence[Edit], call: Call) -> None:
+    """Raise what is wrong with edits before any work is done; `call` is run without weights, to see that the edits fit."""
+    _check_apart(edits)
+    for edit in edits:
+        _operator(denoiser, edit.operator)
+        _check_known(edit)
+    skeleton = meta_copy(denoiser)
+    try:
+        install(skeleton, {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in edits})
+        with torch.no_grad():
+            call.to("meta").run(skeleton.to("meta"))
+    except Exception as error:  # whatever the denoiser's own code raises
+        raise PlanError(
+            f"the plan's stand-ins do not fit this {type(denoiser).__name__} ({type(error).__name__}: {error}). "
+            "Make the plan anew with `ldpruner plan`."
+        ) from error
+
+
+def _check_known(edit: Edit) -> None:
+    if edit.replacement not in STAND_INS:
+        raise OperatorError(f"{edit.operator}: replacement {edit.replacement!r} is unknown: {suggest(edit.replacement, STAND_INS)}")
+
+
 def _swap_in(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted) -> dict[str, nn.Module]:
     """Build every stand-in before the first is put in place, so that an error changes nothing."""
     _check_apart(edits)
@@ -68,8 +91,7 @@ def _operator(denoiser: nn.Module, path: str) -> nn.Module:
 
 
 def _stand_in(original: nn.Module, edit: Edit, denoiser: nn.Module, fitted: Fitted) -> nn.Module:
-    if edit.replacement not in STAND_INS:
-        raise OperatorError(f"{edit.operator}: replacement {edit.replacement!r} is unknown: {suggest(edit.replacement, STAND_INS)}")
+    _check_known(edit)
     try:
         stand_in = build(edit.replacement, dict(edit.options), original)
     except (KeyError, TypeError, AttributeError) as error:

@@ -18,13 +18,14 @@ from ldpruner.errors import PlanError
 from ldpruner.fitting import fit_pointwise, pointwise_wanted
 from ldpruner.operators.tracing import architecture, count_macs
 from ldpruner.pipelines import Pipeline, as_pipeline
-from ldpruner.plan import Plan
+from ldpruner.plan import Plan, parse_budgets
 from ldpruner.planning import plan as make_plan
 from ldpruner.planning import pruned_view
 from ldpruner.probes import Probe
 from ldpruner.scoring import score
 from ldpruner.scoring.engine import Progress
 from ldpruner.scoring.latent import latent_shift
+from ldpruner.selection import RANKINGS
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +101,8 @@ def prune(
     if plan is not None:
         return apply(pipeline, plan if isinstance(plan, Plan) else Plan.load(Path(plan)))
     assert budget is not None
+    parse_budgets(budget)  # what is misspelt raises now, not after hours of scoring
+    RANKINGS[selection]
     scored = score(
         pipeline,
         probe or Probe(),
@@ -116,6 +119,7 @@ def prune(
 def apply(pipeline: Pipeline, plan: Plan) -> Pruned:
     """Prune by a plan; pointwise stand-ins are fitted anew on the plan's probe. Raises `PlanError` for another model's."""
     plan.check_model(architecture(pipeline.denoiser), type(pipeline.denoiser).__name__)
+    surgery.check_edits(pipeline.denoiser, plan.edits, pipeline.call(plan.probe or Probe()))
     fitted = fit_pointwise(pipeline, pointwise_wanted(plan.edits), plan.probe or Probe())
     return _measured(pipeline, plan, fitted, None)
 

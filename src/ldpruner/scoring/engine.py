@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ldpruner.errors import ArtifactError, OperatorError, RunError
@@ -43,12 +44,16 @@ class Run:
         header = _read_header(folder)
         if header is None:
             raise RunError(f"{folder}: is no run folder (no run.json). Make one with `ldpruner score MODEL --out {folder}`.")
+        try:
+            source, method, probe = header["source"], header["method"], Probe.from_json(header["probe"])
+        except (KeyError, TypeError) as error:
+            raise _damaged(folder / "run.json", error) from error
         return cls(
-            source=header["source"],
-            method=header["method"],
-            probe=Probe.from_json(header["probe"]),
+            source=source,
+            method=method,
+            probe=probe,
             operators=_read_operators(folder),
-            scores=tuple(Score(**line) for line in read_json_lines(folder / "scores.jsonl")),
+            scores=tuple(_read_scores(folder)),
             fitted=_read_fitted(folder / "pointwise.safetensors"),
             folder=folder,
         )
@@ -131,7 +136,7 @@ class _Store:
         return kept if set(wanted) <= set(kept) else None
 
     def scores(self) -> list[Score]:
-        return [Score(**line) for line in read_json_lines(self.folder / "scores.jsonl")]
+        return _read_scores(self.folder)
 
     def begin(self, operators: Operators, fitted: Weights) -> None:
         """Write what scores refer to, the header last: a folder with a header is whole."""
@@ -153,7 +158,9 @@ def _read_header(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read ({error}).") from error
+        raise _damaged(path, error) from error
+    if not isinstance(header, dict):
+        raise RunError(f"{path}: is no header of a run. Score again into a new folder.")
     if header.get("schema") != SCHEMA:
         raise RunError(f"{path}: schema {header.get('schema')!r} is unknown: this version reads {SCHEMA}.")
     return header
@@ -164,15 +171,33 @@ def _read_operators(folder: Path) -> Operators:
     try:
         return Operators.from_json(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path}: cannot be read ({error}). Score again into a new folder.") from error
+        raise _damaged(path, error) from error
+
+
+def _read_scores(folder: Path) -> list[Score]:
+    path = folder / "scores.jsonl"
+    try:
+        return [Score(**line) for line in read_json_lines(path)]
+    except ArtifactError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+    return RunError(f"{path}: cannot be read ({reason}). Score again into a new folder.")
 
 
 def _read_fitted(path: Path) -> Weights:
     if not path.exists():
         return {}
-    tensors = load_file(path)
-    names = [name.removesuffix(":weight") for name in tensors if name.endswith(":weight")]
-    return {name: (tensors[f"{name}:weight"], tensors[f"{name}:bias"]) for name in names}
+    try:
+        tensors = load_file(path)
+        names = [name.removesuffix(":weight") for name in tensors if name.endswith(":weight")]
+        return {name: (tensors[f"{name}:weight"], tensors[f"{name}:bias"]) for name in names}
+    except (OSError, KeyError, SafetensorError) as error:
+        raise _damaged(path, error) from error
 
 
 def _write_fitted(path: Path, fitted: Weights) -> None:

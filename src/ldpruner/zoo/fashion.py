@@ -36,8 +36,8 @@ class FashionRecipe:
     """How long each network of `zoo:fashion` trains; the defaults made the weights that ship."""
 
     autoencoder: Training = field(default_factory=lambda: Training(steps=2400, batch_size=32, learning_rate=1e-3, ema_decay=0.995))
-    denoiser: Training = field(default_factory=lambda: Training(steps=5000, batch_size=64, learning_rate=5e-4, ema_decay=0.999))
-    judge: Training = field(default_factory=lambda: Training(steps=2000, batch_size=128, learning_rate=3e-3, ema_decay=0.99))
+    denoiser: Training = field(default_factory=lambda: Training(steps=4000, batch_size=64, learning_rate=5e-4, ema_decay=0.999))
+    judge: Training = field(default_factory=lambda: Training(steps=1500, batch_size=128, learning_rate=3e-3, ema_decay=0.99))
     codebook_from: float = 0.25  # the share of the autoencoder's steps that run before latents are quantised
     judged_samples: int = 2000
     judged_steps: int = 20
