@@ -321,7 +321,7 @@ def _load(model: str, settings: Settings) -> Pipeline:
     from ldpruner.pipelines import load
 
     diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()
     enable_progress_bars()  # transformers' switch turned off those of downloads too
     names = ("device", "revision", "variant", "trust_remote_code")
     return load(model, dtype=getattr(torch, settings["dtype"]), **{name: settings[name] for name in names})

@@ -145,7 +145,7 @@ class Method(str, Enum):
     LDPRUNER = "ldpruner (pip install ldpruner, then import ldpruner before loading)"
 
 
-class LDPrunerConfig(QuantizationConfigMixin):
+class LDPrunerConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """The part of config.json that says what was removed."""
 
     def __init__(self, operators: dict[str, Any], format_version: int, quant_method: str = Method.LDPRUNER.value) -> None:
@@ -165,7 +165,7 @@ class LDPrunerConfig(QuantizationConfigMixin):
         return self.to_dict()
 
 
-class LDPrunerQuantizer(DiffusersQuantizer):
+class LDPrunerQuantizer(DiffusersQuantizer):  # type: ignore[misc]
     """Edits the empty model before diffusers fills in the weights; no weight is quantized."""
 
     use_keep_in_fp32_modules = True

@@ -144,7 +144,7 @@ class _Search:
             denoiser=self.run.operators.denoiser,
             edits=edits,
             budgets=self.budgets,
-            predicted=choice.predicted,
+            predicted={str(quantity): value for quantity, value in choice.predicted.items()},
             probe=self.run.probe,
             selection=f"{self.run.method}/{self.selection}",
         )

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -29,7 +29,7 @@ from ldpruner.selection import RANKINGS
 
 log = logging.getLogger(__name__)
 
-Model = str | os.PathLike[str] | DiffusionPipeline | Pipeline
+Model: TypeAlias = str | os.PathLike[str] | DiffusionPipeline | Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)

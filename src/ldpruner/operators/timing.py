@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -101,9 +102,9 @@ class _Clock:
 def time_pointwise(operator: Operator, options: dict[str, Any], like: nn.Module, repeats: int) -> float:
     """Milliseconds of a pointwise stand-in on an input of the operator's shape: the median over `repeats`."""
     parameter = next(like.parameters())
-    stand_in = Pointwise(options).to(parameter)
+    stand_in = Pointwise(options).to(device=parameter.device, dtype=parameter.dtype)
     inputs = torch.zeros(operator.input_shape, device=parameter.device, dtype=parameter.dtype)
-    position, _ = options["source"]
-    run = lambda: stand_in(*(inputs,) * (position + 1))  # noqa: E731
+    _, keyword = options["source"]
+    run = functools.partial(stand_in, **{keyword: inputs})
     run()
     return statistics.median(seconds(run, parameter.device) for _ in range(repeats)) * 1e3

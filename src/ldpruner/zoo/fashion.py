@@ -110,7 +110,8 @@ def train_autoencoder(pictures: Pictures, recipe: FashionRecipe, folder: Path) -
             _fill_codebook(module, pictures, generator)
         decoded = module.decode(latents, force_not_quantize=step < quantize_from)
         leash = 1e-3 * latents.square().mean() if step < quantize_from else decoded.commit_loss.mean()
-        return F.mse_loss(decoded.sample, images) + 0.2 * F.l1_loss(decoded.sample, images) + leash
+        error: Tensor = F.mse_loss(decoded.sample, images) + 0.2 * F.l1_loss(decoded.sample, images) + leash
+        return error
 
     torch.manual_seed(training.seed)
     autoencoder = train(new_autoencoder(), loss, training, folder)
@@ -130,13 +131,13 @@ def _fill_codebook(autoencoder: VQModel, pictures: Pictures, generator: torch.Ge
 @torch.no_grad()
 def encode(autoencoder: VQModel, images: Tensor) -> Tensor:
     """Latents `(n, 4, 8, 8)` of pictures, before scaling and quantising."""
-    return torch.cat([autoencoder.encode(part).latents for part in images.split(250)])
+    return torch.cat([autoencoder.encode(part).latents for part in torch.split(images, 250)])
 
 
 def training_latents(autoencoder: VQModel, pictures: Pictures, path: Path) -> Tensor:
     """The scaled latents of all pictures, computed once and kept in `path`."""
     if not path.exists():
-        parts = tqdm(torch.arange(len(pictures.images)).split(1000), desc="latents", mininterval=5)
+        parts = tqdm(torch.split(torch.arange(len(pictures.images)), 1000), desc="latents", mininterval=5)
         latents = torch.cat([encode(autoencoder, pictures.floats(rows)) for rows in parts])
         save_file({"latents": (latents * autoencoder.config["scaling_factor"]).contiguous()}, path)
     return load_file(path)["latents"]
@@ -206,7 +207,7 @@ def measure(folder: Path, pictures: Pictures, unseen: Pictures, recipe: FashionR
     """
     judge = load_judge(folder / "judge" / "judge.safetensors")
     pipeline = load(folder)
-    real = judge_features(judge, (unseen.floats(rows) for rows in torch.arange(len(unseen.images)).split(500)))
+    real = judge_features(judge, (unseen.floats(rows) for rows in torch.split(torch.arange(len(unseen.images)), 500)))
     probe = Probe(samples=recipe.judged_samples, num_inference_steps=recipe.judged_steps, seed=1000)
     generated = pipeline.images(probe, batch_size=100)
     grid([generated[first : first + 16] for first in range(0, min(64, len(generated)), 16)], side=48).save(folder / "samples.png")
@@ -216,7 +217,7 @@ def measure(folder: Path, pictures: Pictures, unseen: Pictures, recipe: FashionR
         "reconstructions": reconstruct(pipeline.pipe.vqvae, unseen.floats(slice(0, len(samples)))),
         "training pictures": pictures.floats(slice(0, len(samples))),
     }
-    features = {name: judge_features(judge, iter(images.split(250))) for name, images in compared.items()}
+    features = {name: judge_features(judge, iter(torch.split(images, 250))) for name, images in compared.items()}
     classes = judge(compared["samples"]).argmax(1).bincount(minlength=10)
     return {
         "judge_accuracy": accuracy(judge, unseen.floats(), unseen.labels),
@@ -238,7 +239,7 @@ def measure(folder: Path, pictures: Pictures, unseen: Pictures, recipe: FashionR
 @torch.inference_mode()
 def reconstruct(autoencoder: VQModel, images: Tensor) -> Tensor:
     """Pictures through the encoder and the decoder, `(n, 1, 32, 32)` in [-1, 1]."""
-    return torch.cat([autoencoder(part).sample.clamp(-1, 1) for part in images.split(250)])
+    return torch.cat([autoencoder(part).sample.clamp(-1, 1) for part in torch.split(images, 250)])
 
 
 def card(figures: dict[str, Any]) -> str:
