@@ -20,7 +20,7 @@ from torch import nn
 from ldpruner import Probe, load
 from ldpruner.evaluation.frechet import frechet_distance
 from ldpruner.pipelines import locate
-from ldpruner.zoo import commands, fashion
+from ldpruner.zoo import commands, fashion_recipe
 from ldpruner.zoo.data import load_pictures
 from ldpruner.zoo.training import Training, train
 
@@ -151,7 +151,7 @@ def test_a_reduced_training_run_makes_a_whole_pipeline_and_goes_on_from_its_chec
     assert all(not t.is_floating_point() or t.dtype == torch.float16 for tensors in weights for t in tensors.values())
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"{figures['frechet']['samples']:.3f}" in card
-    again = fashion.train_denoiser(torch.zeros(4, 4, 8, 8), fashion.REDUCED.denoiser, tmp_path / "work" / "denoiser")
+    again = fashion_recipe.train_denoiser(torch.zeros(4, 4, 8, 8), fashion_recipe.REDUCED.denoiser, tmp_path / "work" / "denoiser")
     stored = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
     assert all(torch.equal(again.state_dict()[name].half(), tensor) for name, tensor in stored.items())
 
@@ -187,7 +187,7 @@ def test_the_shipped_card_states_what_was_measured() -> None:
     assert figures["samples"] >= 2000
     assert figures["operators"] >= 60
     assert figures["frechet"]["training pictures"] < figures["frechet"]["samples"]
-    assert fashion.card(figures) == (SHIPPED / "README.md").read_text()
+    assert fashion_recipe.card(figures) == (SHIPPED / "README.md").read_text()
     assert "ldpruner zoo train fashion --data DIR" in (SHIPPED / "README.md").read_text()
 
 

@@ -17,6 +17,6 @@ def train(name: str, *, data: Path, out: Path, work: Path, reduced: bool = False
     """
     if name not in NAMES:
         raise UnknownNameError(f"zoo pipeline {name!r} is unknown: {suggest(name, NAMES)}")
-    from ldpruner.zoo import fashion
+    from ldpruner.zoo import fashion_recipe
 
-    return fashion.make(data, out, work, fashion.REDUCED if reduced else fashion.FashionRecipe())
+    return fashion_recipe.make(data, out, work, fashion_recipe.REDUCED if reduced else fashion_recipe.FashionRecipe())
