@@ -62,7 +62,7 @@ def reloaded(folder: Path) -> ldpruner.Pipeline:
 
 def bar(scores: Iterable[Score], done: int, total: int) -> Iterable[Score]:
     """A progress bar with the time left."""
-    progress: Iterable[Score] = tqdm(scores, initial=done, total=total, desc="scoring", unit="candidate")
+    progress: Iterable[Score] = tqdm(scores, initial=done, total=total, desc="scoring", unit="candidate", mininterval=1)
     return progress
 
 
@@ -70,7 +70,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="zoo:fashion")
     parser.add_argument("--latency", default="65%")
-    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--out", type=Path, default=Path("demo"))
     return parser.parse_args()

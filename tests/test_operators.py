@@ -179,6 +179,12 @@ def test_the_dead_that_are_named_are_those_that_get_no_gradient(family: Callable
     assert checked > 3
 
 
+def test_what_is_found_does_not_depend_on_the_mode_that_the_caller_is_in() -> None:
+    model, call, operators = discovered(unet)
+    with torch.inference_mode():
+        assert discover(model, call, timing_repeats=0) == operators
+
+
 def test_a_zeroed_attention_output_takes_its_projections_along() -> None:
     operators = discovered(conditional_unet)[2]
     block = "down_blocks.0.attentions.0.transformer_blocks.0"

@@ -359,7 +359,7 @@ def _names(given: str | None) -> list[str] | None:
 def _progress(scores: Iterable[Score], done: int, total: int) -> Iterable[Score]:
     from tqdm.auto import tqdm
 
-    bar: Iterable[Score] = tqdm(scores, initial=done, total=total, desc="scoring", unit="candidate", file=sys.stderr)
+    bar: Iterable[Score] = tqdm(scores, initial=done, total=total, desc="scoring", unit="candidate", mininterval=1, file=sys.stderr)
     return bar
 
 

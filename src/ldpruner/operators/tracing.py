@@ -149,6 +149,7 @@ class Trace:
     macs: int  # of the whole call, all samples
 
 
+@torch.inference_mode(mode=False)  # inside it, PyTorch hides the parts of composite operations from who watches
 def trace(skeleton: nn.Module, call: Call) -> Trace:
     """Run one call on the meta device and watch it."""
     watch = _Watch(skeleton)
