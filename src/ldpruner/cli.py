@@ -125,7 +125,7 @@ def score(
         return
     print(f"{len(ranked)} scores of {len({entry.operator for entry in ranked})} operators in {out}. The ten that matter least:")
     for entry in ranked[:10]:
-        print(f"  {entry.score:10.5f}  {entry.replacement:<10} {entry.operator}")
+        print(f"  {entry.score:10.3g}  {entry.replacement:<10} {entry.operator}")
 
 
 @app.command()
