@@ -22,7 +22,7 @@ import torch
 import ldpruner
 from ldpruner.benchmarking import environment
 from ldpruner.fitting import fit_pointwise, pointwise_wanted
-from ldpruner.plan import Edit
+from ldpruner.plans import Edit
 from ldpruner.scoring import SCORERS
 from ldpruner.surgery import trial
 

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 import ldpruner
 from ldpruner import artifacts, reporting
-from ldpruner.plan import Score
+from ldpruner.plans import Score
 
 
 def main() -> None:

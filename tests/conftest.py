@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import Operators
+from ldpruner.plans import Operators
 from ldpruner.probes import Probe
 
 torch.set_num_threads(1)

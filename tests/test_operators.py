@@ -15,7 +15,7 @@ from ldpruner import discover
 from ldpruner.operators import Call, meta_copy, unreached_parameters
 from ldpruner.operators.tracing import architecture, count_macs, trace, weights_digest
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import Edit, Operators
+from ldpruner.plans import Edit, Operators
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.surgery import trial
 

@@ -14,7 +14,7 @@ from ldpruner import Plan, planning, prune, score
 from ldpruner.benchmarking import Comparison, compare_calls
 from ldpruner.operators.tracing import count_macs
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import Budget, Candidate, Cost, Operator, Operators, Score
+from ldpruner.plans import Budget, Candidate, Cost, Operator, Operators, Score
 from ldpruner.record import Measurement
 from ldpruner.scoring import Run
 from ldpruner.selection import RANKINGS, choose, predict
@@ -226,6 +226,8 @@ def test_the_whole_job_in_one_call_leaves_the_given_pipeline_as_it_was(ldm: Pipe
     assert json.loads(json.dumps(pruned.record()))["params"]["pruned"] == sum(p.numel() for p in pruned.denoiser.parameters())
     assert torch.equal(ldm.latents(PROBE), before)
     assert type(pruned.pipe) is type(ldm.pipe)
+    assert pruned.pipe.unet is pruned.denoiser
+    assert ldm.pipe.unet is ldm.denoiser is not pruned.denoiser
     again = prune(ldm.pipe, plan=pruned.plan)
     with torch.no_grad():
         call = ldm.call(PROBE)
@@ -235,6 +237,15 @@ def test_the_whole_job_in_one_call_leaves_the_given_pipeline_as_it_was(ldm: Pipe
 def test_a_plan_or_a_budget_not_both(ldm: Pipeline) -> None:
     with pytest.raises(ValueError, match="give either a budget or a plan"):
         prune(ldm)
+    with pytest.raises(ValueError, match="a run folder goes with a budget; a plan needs no scores"):
+        prune(ldm, plan="plan.json", run="run")
+
+
+def test_scores_of_other_weights_are_not_planned_from(run: tuple[Pipeline, Run], ldm: Pipeline) -> None:
+    with torch.no_grad():
+        ldm.denoiser.conv_in.bias += 1
+    with pytest.raises(ValueError, match="tiny-ldm: its weights are not those that were scored as tiny-ldm"):
+        planning.plan(ldm, run[1], {"macs": "70%"})
 
 
 def test_scores_that_are_not_there_yet_are_asked_for(run: tuple[Pipeline, Run]) -> None:

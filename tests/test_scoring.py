@@ -15,7 +15,7 @@ from ldpruner import Edit, Probe, score
 from ldpruner.fitting import fit_pointwise
 from ldpruner.ldpruner_v1 import resample
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import Operators
+from ldpruner.plans import Operators
 from ldpruner.scoring import SCORERS, Run
 from ldpruner.scoring.latent import BROKEN, Statistics, latent_shift, shifts
 
@@ -118,7 +118,7 @@ def test_a_run_folder_can_be_read_back(ldm: Pipeline, operators: Operators, tmp_
 
 def test_scores_of_another_probe_are_not_mixed_in(ldm: Pipeline, operators: Operators, tmp_path: Path) -> None:
     score(ldm, PROBE, operators=operators, replacements=["shortcut"], out=tmp_path / "run")
-    with pytest.raises(ValueError, match=r"run: holds scores of another probe\. Name another folder with --out\."):
+    with pytest.raises(ValueError, match=r"run: holds scores of another probe\. Name another folder\."):
         score(ldm, replace(PROBE, seed=1), operators=operators, replacements=["shortcut"], out=tmp_path / "run")
     with torch.no_grad():
         ldm.denoiser.conv_in.bias += 1

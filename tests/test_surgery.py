@@ -12,7 +12,7 @@ from ldpruner.ldpruner_v1 import Identity, Pointwise, Shortcut, Zero
 from ldpruner.operators.discovery import find_dead
 from ldpruner.operators.tracing import weights_digest
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import Operators
+from ldpruner.plans import Operators
 from ldpruner.surgery import prune, removed_operators
 
 WANTED = {

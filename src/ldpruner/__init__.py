@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ldpruner import _imports
 from ldpruner.errors import LDPrunerError
-from ldpruner.plan import Budget, Edit, Plan
+from ldpruner.plans import Budget, Edit, Plan
 from ldpruner.probes import Probe
 
 if TYPE_CHECKING:
@@ -75,5 +75,4 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"ldpruner.{_LAZY[name]}"), name)
 
 
-globals().pop("plan")  # the module of that name, which the imports above put here: `ldpruner.plan` is the function
 _imports.arrange()

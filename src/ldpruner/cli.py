@@ -21,7 +21,7 @@ from ldpruner.probes import Probe
 
 if TYPE_CHECKING:
     from ldpruner.pipelines import Pipeline
-    from ldpruner.plan import Score
+    from ldpruner.plans import Score
 
 Command = Callable[..., Any]
 Settings = dict[str, Any]
@@ -185,7 +185,7 @@ def prune(
     """Score, plan, prune and save in one go, or prune by a plan that exists."""
     from ldpruner import artifacts, reporting, workflow
     from ldpruner.files import check_writable
-    from ldpruner.plan import Plan
+    from ldpruner.plans import Plan
 
     artifacts.check_form(form)
     if bool(budgets) == bool(plan_file):
@@ -333,7 +333,7 @@ def _probe(settings: Settings) -> Probe:
 
 
 def _budget(given: tuple[str, ...]) -> dict[str, str | float]:
-    from ldpruner.plan import parse_budgets
+    from ldpruner.plans import parse_budgets
 
     if not given:
         raise BudgetError("no budget was given: say --budget QUANTITY=LIMIT, such as --budget latency=65%.")

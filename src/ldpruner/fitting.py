@@ -23,7 +23,9 @@ Weights = dict[str, tuple[Tensor, Tensor]]
 MOMENT_BYTES = 256 * 2**20  # operators are fitted in groups, so that the sums of one group stay below this
 
 
-def fit_pointwise(pipeline: Pipeline, wanted: Mapping[str, Options], probe: Probe, *, ridge: float = 1e-4) -> Weights:
+def fit_pointwise(
+    pipeline: Pipeline, wanted: Mapping[str, Options], probe: Probe, *, ridge: float = 1e-4, batch_size: int | None = None
+) -> Weights:
     """The weight `(out, in)` and bias `(out,)` that map each operator's input to its output with the least squared error.
 
     `wanted` gives operators with the options of their pointwise stand-ins. The activations are those of the original on
@@ -36,7 +38,7 @@ def fit_pointwise(pipeline: Pipeline, wanted: Mapping[str, Options], probe: Prob
             for name, options in group.items():
                 hook = pipeline.denoiser.get_submodule(name).register_forward_hook(_watch(moments[name], options), with_kwargs=True)
                 stack.callback(hook.remove)
-            pipeline.latents(probe)
+            pipeline.latents(probe, batch_size=batch_size)
         weights |= {name: moment.solve(ridge) for name, moment in moments.items()}
         log.info("fitted %d of %d pointwise stand-ins", len(weights), len(wanted))
     return weights

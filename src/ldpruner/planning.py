@@ -12,9 +12,9 @@ from torch import nn
 from ldpruner.benchmarking import Comparison, compare_calls
 from ldpruner.errors import BudgetError, RunError
 from ldpruner.operators.discovery import find_dead
-from ldpruner.operators.tracing import Call, architecture
+from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import Budget, Edit, Plan, Quantity, parse_budgets
+from ldpruner.plans import Budget, Edit, Plan, Quantity, parse_budgets
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring import Run
 from ldpruner.selection import Choice, choose
@@ -49,8 +49,8 @@ def plan(
     (`rounds` pairs of calls), and the prediction's target moved until the measured value holds with as little removed as
     the measurements can tell. Raises `BudgetError` with what can be reached where a budget is out of reach.
     """
-    if architecture(pipeline.denoiser) != run.operators.model:
-        raise RunError(f"{run.source}: these scores are of another model than {pipeline.source}. Score this one.")
+    if weights_digest(pipeline.denoiser) != run.weights:
+        raise RunError(f"{pipeline.source}: its weights are not those that were scored as {run.source}. Score it anew.")
     budgets = parse_budgets(budget)
     for name in replacements or ():
         REPLACEMENTS[name]

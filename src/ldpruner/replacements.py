@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ldpruner.operators.tracing import Source, Traced
-from ldpruner.plan import Cost
+from ldpruner.plans import Cost
 from ldpruner.registry import Registry
 
 Options = dict[str, Any]

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ldpruner.files import staged_folder
-from ldpruner.plan import Operators, Plan
+from ldpruner.plans import Operators, Plan
 from ldpruner.record import Measurement
 
 

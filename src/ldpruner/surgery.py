@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldpruner.errors import OperatorError, PlanError, suggest
 from ldpruner.ldpruner_v1 import FORMAT_VERSION, STAND_INS, Method, Pointwise, build, install
 from ldpruner.operators.tracing import Call, architecture, meta_copy
-from ldpruner.plan import Edit, Plan, within
+from ldpruner.plans import Edit, Plan, within
 
 Fitted = Mapping[str, tuple[Tensor, Tensor]]  # operator -> weight (out, in) and bias (out) of its pointwise stand-in
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -18,9 +19,9 @@ from ldpruner.errors import PlanError
 from ldpruner.fitting import fit_pointwise, pointwise_wanted
 from ldpruner.operators.tracing import architecture, count_macs
 from ldpruner.pipelines import Pipeline, as_pipeline
-from ldpruner.plan import Plan, parse_budgets
 from ldpruner.planning import plan as make_plan
 from ldpruner.planning import pruned_view
+from ldpruner.plans import Plan, parse_budgets
 from ldpruner.probes import Probe
 from ldpruner.scoring import score
 from ldpruner.scoring.engine import Progress
@@ -48,7 +49,9 @@ class Pruned:
     @property
     def pipe(self) -> DiffusionPipeline:
         """The pruned pipeline, around the original's other parts."""
-        return type(self.pipeline.pipe)(**{**self.pipeline.pipe.components, self.pipeline.component: self.denoiser})
+        pipe = copy.copy(self.pipeline.pipe)
+        setattr(pipe, self.pipeline.component, self.denoiser)
+        return pipe
 
     def summary(self) -> dict[str, Any]:
         """The figures as plain numbers: ratios are pruned / original."""
@@ -97,9 +100,11 @@ def prune(
     """
     if (budget is None) == (plan is None):
         raise PlanError("give either a budget or a plan.")
+    if plan is not None and run is not None:
+        raise PlanError("a run folder goes with a budget; a plan needs no scores.")
     pipeline = as_pipeline(model)
     if plan is not None:
-        return apply(pipeline, plan if isinstance(plan, Plan) else Plan.load(Path(plan)))
+        return apply(pipeline, plan if isinstance(plan, Plan) else Plan.load(Path(plan)), batch_size=batch_size)
     assert budget is not None
     parse_budgets(budget)  # what is misspelt raises now, not after hours of scoring
     RANKINGS[selection]
@@ -113,25 +118,25 @@ def prune(
         progress=progress,
     )
     planned = make_plan(pipeline, scored, budget, selection=selection, replacements=replacements)
-    return _measured(pipeline, planned.plan, scored.fitted, planned.measured)
+    return _measured(pipeline, planned.plan, scored.fitted, planned.measured, batch_size)
 
 
-def apply(pipeline: Pipeline, plan: Plan) -> Pruned:
+def apply(pipeline: Pipeline, plan: Plan, *, batch_size: int | None = None) -> Pruned:
     """Prune by a plan; pointwise stand-ins are fitted anew on the plan's probe. Raises `PlanError` for another model's."""
     plan.check_model(architecture(pipeline.denoiser), type(pipeline.denoiser).__name__)
     surgery.check_edits(pipeline.denoiser, plan.edits, pipeline.call(plan.probe or Probe()))
-    fitted = fit_pointwise(pipeline, pointwise_wanted(plan.edits), plan.probe or Probe())
-    return _measured(pipeline, plan, fitted, None)
+    fitted = fit_pointwise(pipeline, pointwise_wanted(plan.edits), plan.probe or Probe(), batch_size=batch_size)
+    return _measured(pipeline, plan, fitted, None, batch_size)
 
 
-def _measured(pipeline: Pipeline, plan: Plan, fitted: surgery.Fitted, latency: Comparison | None) -> Pruned:
+def _measured(pipeline: Pipeline, plan: Plan, fitted: surgery.Fitted, latency: Comparison | None, batch_size: int | None) -> Pruned:
     probe = plan.probe or Probe()
     original = pipeline.denoiser
     denoiser = surgery.prune(original, plan, fitted=fitted)
     call = pipeline.call(probe)
-    reference = pipeline.latents(probe)
+    reference = pipeline.latents(probe, batch_size=batch_size)
     with pipeline.with_denoiser(denoiser):
-        shift = latent_shift(reference, pipeline.latents(probe))
+        shift = latent_shift(reference, pipeline.latents(probe, batch_size=batch_size))
     return Pruned(
         pipeline=pipeline,
         denoiser=denoiser,

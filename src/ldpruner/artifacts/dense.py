@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ldpruner.errors import ArtifactError
 from ldpruner.operators.tracing import tensors_in
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import Edit, Plan
+from ldpruner.plans import Edit, Plan
 from ldpruner.probes import Probe
 from ldpruner.surgery import Fitted, trial
 

@@ -15,7 +15,7 @@ from ldpruner.artifacts.dense import densify
 from ldpruner.errors import UnknownNameError, suggest
 from ldpruner.files import staged_folder, write_json
 from ldpruner.pipelines import FORMAT_MODULE, Pipeline
-from ldpruner.plan import Plan
+from ldpruner.plans import Plan
 from ldpruner.surgery import Fitted, removed_operators
 
 FORMS = {

@@ -14,7 +14,7 @@ from ldpruner.errors import PipelineError
 from ldpruner.ldpruner_v1 import build, install
 from ldpruner.operators.timing import device_of, time_modules, time_pointwise
 from ldpruner.operators.tracing import Call, Trace, Traced, architecture, meta_copy, tensors_in, trace
-from ldpruner.plan import Candidate, Cost, Edit, Operator, Operators, dead_edit, outermost, within
+from ldpruner.plans import Candidate, Cost, Edit, Operator, Operators, dead_edit, outermost, within
 from ldpruner.replacements import REPLACEMENTS, pointwise_cost, zeros_like_output
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch import nn
 
 from ldpruner.ldpruner_v1 import Pointwise
 from ldpruner.operators.tracing import Call
-from ldpruner.plan import Operator
+from ldpruner.plans import Operator
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import Edit, Score
+from ldpruner.plans import Edit, Score
 from ldpruner.probes import Probe
 from ldpruner.registry import Registry
 from ldpruner.surgery import Fitted

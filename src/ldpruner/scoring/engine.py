@@ -18,7 +18,7 @@ from ldpruner.fitting import Weights, fit_pointwise, pointwise_wanted
 from ldpruner.operators import discover
 from ldpruner.operators.tracing import weights_digest
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import SCHEMA, Edit, Operators, Score
+from ldpruner.plans import SCHEMA, Edit, Operators, Score
 from ldpruner.probes import Probe
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring.base import SCORERS
@@ -36,6 +36,7 @@ class Run:
     operators: Operators
     scores: tuple[Score, ...]
     fitted: Weights
+    weights: str  # digest of the denoiser that was scored
     folder: Path | None = None
 
     @classmethod
@@ -45,7 +46,8 @@ class Run:
         if header is None:
             raise RunError(f"{folder}: is no run folder (no run.json). Make one with `ldpruner score MODEL --out {folder}`.")
         try:
-            source, method, probe = header["source"], header["method"], Probe.from_json(header["probe"])
+            source, method, weights = header["source"], header["method"], header["weights"]
+            probe = Probe.from_json(header["probe"])
         except (KeyError, TypeError) as error:
             raise _damaged(folder / "run.json", error) from error
         return cls(
@@ -55,6 +57,7 @@ class Run:
             operators=_read_operators(folder),
             scores=tuple(_read_scores(folder)),
             fitted=_read_fitted(folder / "pointwise.safetensors"),
+            weights=weights,
             folder=folder,
         )
 
@@ -80,7 +83,7 @@ def score(
         raise RunError(f"samples={probe.samples}: a standard deviation over samples needs 2 or more.")
     for name in replacements or ():
         REPLACEMENTS[name]
-    header = {
+    header: dict[str, Any] = {
         "schema": SCHEMA,
         "source": pipeline.source,
         "method": method,
@@ -95,7 +98,8 @@ def score(
     done = store.scores() if store else []
     known = {entry.key for entry in done}
     to_do = [edit for edit in edits if (edit.operator, edit.replacement) not in known]
-    fitted = (store and store.fitted(pointwise_wanted(edits))) or fit_pointwise(pipeline, pointwise_wanted(edits), probe)
+    wanted = pointwise_wanted(edits)
+    fitted = (store and store.fitted(wanted)) or fit_pointwise(pipeline, wanted, probe, batch_size=batch_size)
     if store:
         store.begin(operators, fitted)
     coming = scorer.scores(pipeline, to_do, probe, fitted=fitted, batch_size=batch_size) if to_do else iter(())
@@ -104,14 +108,15 @@ def score(
         scores.append(entry)
         if store:
             store.append(entry)
-    wanted = {(edit.operator, edit.replacement) for edit in edits}
+    asked = {(edit.operator, edit.replacement) for edit in edits}
     return Run(
         source=pipeline.source,
         method=method,
         probe=probe,
         operators=operators,
-        scores=tuple(entry for entry in scores if entry.key in wanted),
+        scores=tuple(entry for entry in scores if entry.key in asked),
         fitted=fitted,
+        weights=header["weights"],
         folder=out,
     )
 
@@ -125,7 +130,7 @@ class _Store:
         found = _read_header(folder)
         differing = [key for key in ("weights", "probe", "method") if found and found.get(key) != header[key]]
         if differing:
-            raise RunError(f"{folder}: holds scores of another {' and '.join(differing)}. Name another folder with --out.")
+            raise RunError(f"{folder}: holds scores of another {' and '.join(differing)}. Name another folder.")
         self.resumed = found is not None
 
     def operators(self) -> Operators | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ldpruner.pipelines import Pipeline
-from ldpruner.plan import Edit, Score
+from ldpruner.plans import Edit, Score
 from ldpruner.probes import Probe
 from ldpruner.scoring.base import SCORERS
 from ldpruner.surgery import Fitted, trial

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldpruner.errors import BudgetError, RunError
-from ldpruner.plan import QUANTITIES, Candidate, Cost, Edit, Operator, Operators, Quantity, Score, dead_edit, outermost, within
+from ldpruner.plans import QUANTITIES, Candidate, Cost, Edit, Operator, Operators, Quantity, Score, dead_edit, outermost, within
 from ldpruner.selection.rankings import RANKINGS, Option
 
 Chosen = dict[str, Candidate]  # operator -> its replacement

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ldpruner.plan import Candidate, Operator, Quantity, Score
+from ldpruner.plans import Candidate, Operator, Quantity, Score
 from ldpruner.registry import Registry
 
 
