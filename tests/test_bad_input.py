@@ -155,6 +155,8 @@ def test_what_has_to_be_given(refused: Refused) -> None:
     assert refused("prune") == "Missing argument 'MODEL'."
     assert refused("prune", "ldm", *BUDGET) == "Missing option '--out'."
     assert refused("prune", "ldm", "--out", "out") == "give either --budget, such as --budget latency=65%, or --plan FILE."
+    settled = "--samples goes with --budget: a plan has settled it. Leave it out."
+    assert refused("prune", "ldm", "--plan", "plan.json", "--out", "out", "--samples", "4") == settled
     assert (
         refused("plan", "run", "--out", "out") == "no budget was given: say --budget QUANTITY=LIMIT, such as --budget latency=65%."
     )

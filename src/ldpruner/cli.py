@@ -190,6 +190,8 @@ def prune(
     artifacts.check_form(form)
     if bool(budgets) == bool(plan_file):
         raise BudgetError("give either --budget, such as --budget latency=65%, or --plan FILE.")
+    if plan_file:
+        _refuse_settled(click.get_current_context())
     given = Plan.load(plan_file) if plan_file else None
     budget = _budget(budgets) if budgets else None
     check_writable(out)
@@ -345,6 +347,19 @@ def _budget(given: tuple[str, ...]) -> dict[str, str | float]:
         budget[quantity.strip()] = limit
     parse_budgets(budget)
     return budget
+
+
+_SETTLED_BY_A_PLAN = {
+    "run", "samples", "num_inference_steps", "seed", "prompts", "guidance_scale", "method", "selection", "replacements",
+}  # fmt: skip
+
+
+def _refuse_settled(context: click.Context) -> None:
+    """Raise where an option was typed that a plan has settled: nothing asked for is skipped silently."""
+    for parameter in context.command.params:
+        typed = context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+        if typed and parameter.name in _SETTLED_BY_A_PLAN:
+            raise BudgetError(f"{parameter.opts[0]} goes with --budget: a plan has settled it. Leave it out.")
 
 
 def _names(given: str | None) -> list[str] | None:
