@@ -6,6 +6,7 @@ import functools
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 
 from pathlib import Path
