@@ -3,8 +3,9 @@
     python benchmarks/scoring_cost.py --model zoo:fashion
 
 Both loops make the same forwards (same batch, same edits in place) and take turns, candidate by candidate, in one run;
-the ratio of the two is what counts. Memory is the peak of what PyTorch and Python hold, sampled after every candidate:
-it should be the model and one batch of latents, and not grow with the operators scored.
+the ratio of the two is what counts. Memory is the process's resident size after every candidate, and the highest that it
+ever was: neither should grow while candidates are scored. Fitted stand-ins are held from the start, and they do grow with
+the number of operators: `fitted_bytes`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import resource
 import statistics
 import sys
 import time
@@ -39,7 +41,7 @@ def main() -> None:
     scores = SCORERS["paper"]().scores(pipeline, edits, probe, fitted=fitted, batch_size=None)
 
     process = psutil.Process()
-    inside, bare, resident = [], [], []
+    inside, bare, resident, peak = [], [], [], []
     for edit in edits:
         began = time.perf_counter()
         next(scores)
@@ -51,8 +53,9 @@ def main() -> None:
             bare.append(time.perf_counter() - began)
         gc.collect()
         resident.append(process.memory_info().rss)
+        peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
-    inside, bare, resident = inside[2:], bare[2:], resident[2:]  # the first also makes the reference
+    inside, bare, resident, peak = inside[2:], bare[2:], resident[2:], peak[2:]  # the first also makes the reference
     third = max(1, len(resident) // 3)
     latents = pipeline.latents(probe)
     result = {
@@ -65,6 +68,9 @@ def main() -> None:
         "score_to_bare_throughput": statistics.median(b / a for a, b in zip(inside, bare, strict=True)),
         "model_bytes": sum(p.nbytes for p in pipeline.denoiser.parameters()),
         "latents_bytes": latents.nbytes,
+        "fitted_bytes": sum(weight.nbytes + bias.nbytes for weight, bias in fitted.values()),
+        "peak_after_first_third_bytes": peak[third - 1],
+        "peak_at_the_end_bytes": peak[-1],
         "resident_first_third_bytes": statistics.median(resident[:third]),
         "resident_last_third_bytes": statistics.median(resident[-third:]),
         "environment": environment(pipeline.denoiser),

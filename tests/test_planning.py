@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from conftest import PROBE
-from ldpruner import Plan, planning, prune, score
-from ldpruner.benchmarking import Comparison, compare_calls
+from ldpruner import Plan, benchmarking, planning, prune, score
+from ldpruner.benchmarking import Comparison
 from ldpruner.operators.tracing import count_macs
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Budget, Candidate, Cost, Operator, Operators, Score
@@ -203,11 +204,20 @@ def test_a_latency_out_of_reach_says_what_was_measured(run: tuple[Pipeline, Run]
         planning.plan(pipeline, scores, {"latency": "40%"})
 
 
-def test_two_equal_denoisers_take_equally_long(ldm: Pipeline) -> None:
-    comparison = compare_calls(ldm.denoiser, ldm.denoiser, ldm.call(PROBE), rounds=9)
-    assert comparison.first.n == 9
-    assert comparison.first.unit == "ms"
-    assert comparison.ratio.value > 0
+def test_a_ratio_is_the_median_of_readings_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[str] = []
+    clock = {"slow": iter([9.0, 4.0, 8.0, 6.0]), "fast": iter([9.0, 1.0, 4.0, 3.0])}  # the first of each is the warm-up
+
+    def reading(run: Callable[[], str], _: torch.device) -> float:
+        taken.append(run())
+        return next(clock[taken[-1]])
+
+    monkeypatch.setattr(benchmarking, "seconds", reading)
+    comparison = benchmarking.alternate(lambda: "slow", lambda: "fast", torch.device("cpu"), rounds=3, how="by hand")
+    assert taken == ["slow", "fast", "slow", "fast", "fast", "slow", "slow", "fast"]
+    assert (comparison.first.value, comparison.first.unit, comparison.first.n) == (6000.0, "ms", 3)
+    assert comparison.second.value == 3000.0
+    assert comparison.ratio.value == 0.5
 
 
 def test_a_plan_is_a_few_kilobytes_and_survives_a_trip_through_json(run: tuple[Pipeline, Run], tmp_path: Path) -> None:
