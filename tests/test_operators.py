@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from conftest import PROBE
 from ldpruner import discover
-from ldpruner.operators import Call, meta_copy, unreached_parameters
+from ldpruner.operators import Call, meta_copy
 from ldpruner.operators.tracing import architecture, count_macs, trace, weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Operators
@@ -163,6 +163,14 @@ def test_every_replacement_runs_in_every_family_and_is_undone(family: Callable[[
             assert torch.isfinite(after).all(), (operator.name, candidate.replacement)
         assert torch.equal(call.run(model)[0], before)
     assert weights_digest(model) == digest
+
+
+def unreached_parameters(skeleton: nn.Module, call: Call) -> set[str]:
+    """Parameters whose change cannot change the output, found another way than by the trace: they get no gradient."""
+    skeleton.requires_grad_(True)
+    skeleton.zero_grad(set_to_none=True)
+    call.run(skeleton)[0].sum().backward()
+    return {name for name, parameter in skeleton.named_parameters() if parameter.grad is None}
 
 
 @pytest.mark.parametrize("family", [unet, conditional_unet])

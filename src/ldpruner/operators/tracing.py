@@ -127,19 +127,6 @@ def weights_digest(denoiser: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def unreached_parameters(skeleton: nn.Module, call: Call) -> set[str]:
-    """Names of parameters whose change cannot change the output: one backward pass leaves them without a gradient.
-
-    `skeleton` and `call` are on the meta device. Raises whatever the forward raises.
-    """
-    skeleton.requires_grad_(True)
-    skeleton.zero_grad(set_to_none=True)
-    with torch.enable_grad():
-        outputs = [leaf for leaf in tensors_in(call.run(skeleton)) if leaf.requires_grad]
-        torch.autograd.backward([leaf.sum() for leaf in outputs])
-    return {name for name, parameter in skeleton.named_parameters() if parameter.grad is None}
-
-
 @dataclass
 class Trace:
     """What every called module did, by dotted path in calling order, and how their operations hang together."""
