@@ -1,4 +1,5 @@
-# make demo | test | check | venv      each creates .venv when it is missing
+# make demo [TASK=fashion|emoji|digits] | test | check | venv      each creates .venv when it is missing
+TASK ?= fashion
 VENV ?= .venv
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -7,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check venv
 
 demo: venv
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py $(TASK)
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -13,16 +13,14 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import resource
 import statistics
 import sys
 import time
 
-import psutil
 import torch
 
 import ldpruner
-from ldpruner.benchmarking import environment
+from ldpruner.environment import environment, peak_bytes, resident_bytes
 from ldpruner.fitting import fit_pointwise, pointwise_wanted
 from ldpruner.plans import Edit
 from ldpruner.scoring import SCORERS
@@ -40,7 +38,6 @@ def main() -> None:
     call = pipeline.call(probe, samples=probe.samples)
     scores = SCORERS["paper"]().scores(pipeline, edits, probe, fitted=fitted, batch_size=None)
 
-    process = psutil.Process()
     inside, bare, resident, peak = [], [], [], []
     for edit in edits:
         began = time.perf_counter()
@@ -52,8 +49,8 @@ def main() -> None:
                 call.run(pipeline.denoiser)
             bare.append(time.perf_counter() - began)
         gc.collect()
-        resident.append(process.memory_info().rss)
-        peak.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+        resident.append(resident_bytes())
+        peak.append(peak_bytes(torch.device("cpu")))
 
     inside, bare, resident, peak = inside[2:], bare[2:], resident[2:], peak[2:]  # the first also makes the reference
     third = max(1, len(resident) // 3)

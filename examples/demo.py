@@ -1,7 +1,8 @@
 """The whole job on a pipeline that ships: score, plan under a latency budget, prune, save, load with plain diffusers, look.
 
-Run it with `make demo`. It writes to `demo/`: the scores (kept, so that a second run is quick), the pruned pipeline, and a
-picture with the same seeds, original above pruned.
+Run it with `make demo`, or `make demo TASK=emoji` for text-to-image and `TASK=digits` for sound. It writes to `demo/TASK/`:
+the scores (kept, so that a second run is quick), the pruned pipeline, a picture with the same seeds, original above pruned,
+and for sound the WAV files of both.
 """
 
 from __future__ import annotations
@@ -15,22 +16,25 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
 from tqdm.auto import tqdm
 
 import ldpruner
 from ldpruner import artifacts, reporting
 from ldpruner.plans import Score
 
+TASKS = ("fashion", "emoji", "digits")
+
 
 def main() -> None:
     options = arguments()
-    out: Path = options.out
+    out: Path = options.out or Path("demo") / options.task
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     diffusers_logging.disable_progress_bar()
     began = time.monotonic()
 
-    original = ldpruner.load(options.model)
-    print(f"1. {original}")
+    original = ldpruner.load(options.model or f"zoo:{options.task}")
+    print(f"1. {original}, {original.task}")
 
     print(f"2. Score every operator: {options.samples} samples x {options.steps} steps for each replacement that fits.")
     probe = ldpruner.Probe(samples=options.samples, num_inference_steps=options.steps)
@@ -47,12 +51,24 @@ def main() -> None:
     print(reporting.printed(reporting.comparison_table(pruned.record())))
 
     look = ldpruner.Probe(samples=8, num_inference_steps=20)
-    rows = [original.images(look), reloaded(out / "pruned").images(look)]
-    reporting.grid(rows, labels=["original", "pruned"]).save(out / "original-above-pruned.png")
-    print(f"4. Same seeds, original above pruned, no fine-tuning: {out / 'original-above-pruned.png'}\n")
+    rows = {"original": original.images(look), "pruned": reloaded(out / "pruned").images(look)}
+    print(f"4. Same seeds, original above pruned, no fine-tuning: {show(original, rows, out)}\n")
     print("Load it anywhere with plain diffusers, nothing else to install:\n")
     print(artifacts.loading_lines(str(out / "pruned"), "portable"))
     print(f"\n{time.monotonic() - began:.0f} s in all.")
+
+
+def show(pipeline: ldpruner.Pipeline, rows: dict[str, list[Image.Image]], out: Path) -> str:
+    """Write what was generated, of sound its spectrograms and WAV files, and say where it is."""
+    picture = out / "original-above-pruned.png"
+    if pipeline.mel is None:
+        reporting.grid(list(rows.values()), labels=list(rows)).save(picture)
+        return str(picture)
+    for label, spectrograms in rows.items():
+        reporting.save_sounds(pipeline, spectrograms, out / f"sounds-{label}", first_seed=0)
+    upright = [[reporting.upright_spectrogram(each) for each in spectrograms] for spectrograms in rows.values()]
+    reporting.grid(upright, labels=list(rows)).save(picture)
+    return f"{picture}, and to listen to: {out}/sounds-original, {out}/sounds-pruned"
 
 
 def reloaded(folder: Path) -> ldpruner.Pipeline:
@@ -68,11 +84,12 @@ def bar(scores: Iterable[Score], done: int, total: int) -> Iterable[Score]:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="zoo:fashion")
+    parser.add_argument("task", nargs="?", default="fashion", choices=TASKS)
+    parser.add_argument("--model", help="another pipeline than the task's")
     parser.add_argument("--latency", default="65%")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--out", type=Path, default=Path("demo"))
+    parser.add_argument("--out", type=Path)
     return parser.parse_args()
 
 

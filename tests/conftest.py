@@ -4,19 +4,34 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+import warnings
+from collections.abc import Callable
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, LDMPipeline, StableDiffusionPipeline, UNet2DConditionModel, UNet2DModel, VQModel
+from diffusers import (
+    AudioDiffusionPipeline,
+    AutoencoderKL,
+    DDIMScheduler,
+    LDMPipeline,
+    Mel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNet2DModel,
+    VQModel,
+)
 from diffusers.utils import logging as diffusers_logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldpruner import cli
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
@@ -25,6 +40,8 @@ from ldpruner.probes import Probe
 torch.set_num_threads(1)
 diffusers_logging.set_verbosity_error()
 diffusers_logging.disable_progress_bar()
+
+Command = Callable[..., tuple[int, str, str]]
 
 PROBE = Probe(samples=3, num_inference_steps=2)
 
@@ -92,6 +109,34 @@ def tiny_stable_diffusion(folder: Path) -> StableDiffusionPipeline:
     )
 
 
+def tiny_audio() -> AudioDiffusionPipeline:
+    """An unconditional pipeline whose 16x16 pictures are mel spectrograms of a quarter of a second."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=(8, 8),
+        in_channels=2,
+        out_channels=2,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    vqvae = AutoencoderKL(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(4, 8),
+        latent_channels=2,
+        norm_num_groups=4,
+    )
+    mel = Mel(x_res=16, y_res=16, sample_rate=8000, n_fft=256, hop_length=128, top_db=60, n_iter=4)
+    scheduler = DDIMScheduler(clip_sample=False, set_alpha_to_one=False)
+    return AudioDiffusionPipeline(vqvae=vqvae.eval(), unet=unet.eval(), mel=mel, scheduler=scheduler)
+
+
 @functools.cache
 def ldm_operators() -> Operators:
     """The operators of `tiny_ldm`, which is the same each time it is built."""
@@ -115,7 +160,39 @@ def text_to_image(tmp_path: Path) -> Pipeline:
 
 
 @pytest.fixture
+def audio() -> Pipeline:
+    return Pipeline(tiny_audio(), source="tiny-audio")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test has a cache of its own, and none touches the user's."""
+    monkeypatch.setenv("LDPRUNER_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
 def ldm_folder(tmp_path: Path) -> Path:
     folder = tmp_path / "tiny-ldm"
     tiny_ldm().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+    """Run one command in this process; its exit code, stdout and stderr."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_DISABLE_TELEMETRY"):
+        monkeypatch.setenv(name, os.environ.get(name, ""))  # the command line sets them: put back what was there
+
+    def run(*arguments: Any) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["ldpruner", *map(str, arguments)])
+        capsys.readouterr()
+        code: Any = 0
+        with warnings.catch_warnings():
+            try:
+                cli.main()
+            except SystemExit as ended:
+                code = ended.code
+        return code, *capsys.readouterr()
+
+    return run

@@ -8,7 +8,6 @@ import resource
 import shutil
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ldpruner
-from conftest import PROBE, tiny_ldm, tiny_stable_diffusion
-from ldpruner import cli, pipelines
+from conftest import PROBE, Command, tiny_ldm, tiny_stable_diffusion
+from ldpruner import pipelines
 from ldpruner.scoring.latent import PaperScorer
 
 PROBING = ("--samples", str(PROBE.samples), "--steps", str(PROBE.num_inference_steps))
@@ -48,30 +47,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_DISABLE_TELEMETRY"):
-        monkeypatch.setenv(name, os.environ.get(name, ""))  # the command line sets them: put back what was there
 
 
 @pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Run one command in this process; its exit code, stdout and stderr."""
-
-    def run(*arguments: Any) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["ldpruner", *map(str, arguments)])
-        capsys.readouterr()
-        code: Any = 0
-        with warnings.catch_warnings():
-            try:
-                cli.main()
-            except SystemExit as ended:
-                code = ended.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def refused(command: Callable[..., tuple[int, str, str]], place: Path) -> Refused:
+def refused(command: Command, place: Path) -> Refused:
     """Run one command that has to fail, and give its message."""
 
     def run(*arguments: Any) -> str:
@@ -164,7 +143,7 @@ def test_what_has_to_be_given(refused: Refused) -> None:
     assert refused("prun", "ldm").startswith("No such command 'prun'.")
 
 
-def test_no_arguments_show_the_help(command: Callable[..., tuple[int, str, str]]) -> None:
+def test_no_arguments_show_the_help(command: Command) -> None:
     code, out, err = command()
     assert (code, err) == (0, "")
     assert out.startswith("Usage: ")
@@ -192,7 +171,7 @@ def test_a_budget_that_cannot_be_read(budget: str, message: str, refused: Refuse
 
 
 def test_a_budget_out_of_reach_says_what_can_be_reached_and_keeps_the_scores(
-    refused: Refused, command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    refused: Refused, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(PaperScorer, "scores", lambda *_, **__: pytest.fail("what was scored is scored again"))
     asked = ("prune", "ldm", "--run", copied("run", tmp_path), *PROBING, "--out")
@@ -398,7 +377,7 @@ def disk_full_after(size: int) -> Iterator[None]:
 
 
 def test_a_full_disk_leaves_neither_half_a_folder_nor_harm_to_the_one_before(
-    refused: Refused, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+    refused: Refused, command: Command, tmp_path: Path
 ) -> None:
     by_plan = ("prune", "ldm", "--plan", "plan.json", "--out")
     assert command(*by_plan, tmp_path / "earlier")[0] == 0
@@ -412,7 +391,7 @@ def test_a_full_disk_leaves_neither_half_a_folder_nor_harm_to_the_one_before(
 
 
 def test_a_disk_that_fills_while_scoring_keeps_the_scores_for_the_next_try(
-    refused: Refused, command: Callable[..., tuple[int, str, str]], tmp_path: Path
+    refused: Refused, command: Command, tmp_path: Path
 ) -> None:
     run = copied("run", tmp_path)
     lines = (run / "scores.jsonl").read_bytes().splitlines(keepends=True)
@@ -440,7 +419,7 @@ def test_a_disk_that_is_full_from_the_start_leaves_no_run(refused: Refused, tmp_
 
 
 def test_an_interrupted_command_says_so_and_keeps_its_scores(
-    command: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     scores = PaperScorer.scores
 

@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import gzip
+import importlib
+import io
 import json
 import math
 import struct
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import pytest
 import torch
-from diffusers import LDMPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
-from scipy import linalg
 from torch import nn
+from transformers import CLIPTokenizer
 
 from ldpruner import Probe, load
-from ldpruner.evaluation.frechet import frechet_distance
+from ldpruner.evaluation import evaluate
 from ldpruner.pipelines import locate
-from ldpruner.zoo import commands, fashion_recipe
+from ldpruner.sound import write_wav
+from ldpruner.zoo import commands, digits_recipe, emoji_recipe
 from ldpruner.zoo.data import load_pictures
+from ldpruner.zoo.folders import load_captioned, load_recordings
 from ldpruner.zoo.training import Training, train
 
 
@@ -129,31 +137,117 @@ def fashion_rate(step: int, training: Training) -> float:
     return _schedule(step, training)
 
 
-def test_frechet_distance_is_the_formula() -> None:
-    generator = np.random.default_rng(0)
-    a, b = generator.normal(size=(400, 6)), generator.normal(0.5, 1.5, size=(300, 6))
-    covariances = [np.cov(features, rowvar=False) for features in (a, b)]
-    root = linalg.sqrtm(covariances[0] @ covariances[1]).real
-    by_hand = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root)
-    assert frechet_distance(torch.from_numpy(a), torch.from_numpy(b)) == pytest.approx(by_hand, rel=1e-6)
+@pytest.fixture(scope="module")
+def emoji_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A zip of an image folder: six things in three styles, one thing in each style held out."""
+    path = tmp_path_factory.mktemp("emoji") / "emoji.zip"
+    entries = []
+    with ZipFile(path, "w") as archive:
+        for thing in range(6):
+            for number, style in enumerate(("flat", "round", "thick")):
+                picture = Image.new("RGB", (64, 64), "white")
+                picture.paste((40 * thing, 90 * number, 120), (8, 8, 20 + 6 * thing, 40 + 6 * number))
+                name = f"{style}/{thing}.png"
+                held = io.BytesIO()
+                picture.save(held, "PNG")
+                archive.writestr(name, held.getvalue())
+                split = "test" if thing == number else "train"
+                entries.append({"file_name": name, "text": f"thing {'abcdef'[thing]}", "style": style, "split": split})
+        archive.writestr("metadata.jsonl", "".join(json.dumps(entry) + "\n" for entry in entries))
+    return path
+
+
+@pytest.fixture(scope="module")
+def digits_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of recordings: a tone for each digit, nine takes each."""
+    folder = tmp_path_factory.mktemp("digits") / "recordings"
+    folder.mkdir()
+    for digit in range(3):
+        for take in range(9):
+            time = np.arange(2000 + 300 * take) / 8000
+            wave = np.sin(2 * np.pi * (300 + 400 * digit) * time).astype(np.float32)
+            write_wav(folder / f"{digit}_someone_{take}.wav", wave, 8000)
+    return folder.parent
 
 
 @pytest.mark.slow
-def test_a_reduced_training_run_makes_a_whole_pipeline_and_goes_on_from_its_checkpoints(data: Path, tmp_path: Path) -> None:
-    figures = commands.train("fashion", data=data, out=tmp_path / "out", work=tmp_path / "work", reduced=True)
-    pipe = LDMPipeline.from_pretrained(tmp_path / "out")
-    assert pipe(batch_size=1, num_inference_steps=1).images[0].size == (32, 32)
-    assert set(figures["frechet"]) == {"samples", "reconstructions", "training pictures"}
-    assert all(math.isfinite(value) for value in figures["frechet"].values())
+@pytest.mark.parametrize("name", commands.NAMES)
+def test_a_reduced_training_run_makes_a_whole_pipeline(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    data = request.getfixturevalue("data" if name == "fashion" else f"{name}_data")
+    figures = commands.train(name, data=data, out=tmp_path / "out", work=tmp_path / "work", reduced=True)
+    made = load(tmp_path / "out").images(Probe(samples=1, num_inference_steps=1))[0]
+    assert made.size == ((32, 32) if name == "fashion" else (64, 64))
+    assert {"samples", "their reconstructions"} <= set(figures["figures"])
+    assert all(math.isfinite(found["value"]) for column in figures["figures"].values() for found in column.values())
     assert json.loads((tmp_path / "out" / "figures.json").read_text()) == json.loads(json.dumps(figures))
-    weights = [load_file(file) for file in (tmp_path / "out").rglob("*.safetensors")]
-    assert len(weights) == 3
-    assert all(not t.is_floating_point() or t.dtype == torch.float16 for tensors in weights for t in tensors.values())
+    parts = [file for file in (tmp_path / "out").rglob("*.safetensors") if file.name != "reference.safetensors"]
+    assert len(parts) == {"fashion": 3, "emoji": 4, "digits": 3}[name]
+    weights = [tensor for file in parts for tensor in load_file(file).values()]
+    assert all(not tensor.is_floating_point() or tensor.dtype == torch.float16 for tensor in weights)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"{figures['frechet']['samples']:.3f}" in card
-    again = fashion_recipe.train_denoiser(torch.zeros(4, 4, 8, 8), fashion_recipe.REDUCED.denoiser, tmp_path / "work" / "denoiser")
-    stored = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert all(torch.equal(again.state_dict()[name].half(), tensor) for name, tensor in stored.items())
+    assert f"{figures['figures']['samples']['frechet']['value']:.4f}" in card
+    stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("checkpoint.safetensors")}
+    assert len(stamps) == 3
+    again = commands.train(name, data=data, out=tmp_path / "again", work=tmp_path / "work", reduced=True)
+    assert {file: file.stat().st_mtime_ns for file in stamps} == stamps, "what was trained is not trained again"
+    assert again["figures"] == figures["figures"]
+
+
+def test_captions_are_read_from_metadata_and_splits_are_kept_apart(emoji_data: Path) -> None:
+    pictures = load_captioned(emoji_data)
+    assert pictures.captions[0] == "thing a, flat style"
+    assert len(pictures.of("train").texts) == 15
+    assert set(pictures.of("test").captions) == {"thing a, flat style", "thing b, round style", "thing c, thick style"}
+    assert pictures.images.shape == (18, 3, 64, 64)
+
+
+def test_recordings_are_read_with_their_digits_and_takes(digits_data: Path) -> None:
+    recordings = load_recordings(digits_data, 8000)
+    assert recordings.digits.bincount().tolist() == [9, 9, 9]
+    assert sorted(set(recordings.takes.tolist())) == list(range(9))
+    assert max(abs(wave).max() for wave in recordings.waves) == pytest.approx(1, abs=1e-2)
+    mel = digits_recipe.new_mel()
+    picture = digits_recipe.spectrograms(recordings, mel)[9]
+    assert picture.shape == (1, 64, 64)
+    loudest = picture[0, :, 5].float().argmax() / 64
+    assert 0.2 < loudest < 0.45, "700 Hz lies in the lower bands"
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (lambda folder: None, r"metadata\.jsonl lacks file_name"),
+        (
+            lambda folder: (folder / "metadata.jsonl").write_text('{"file_name": "a.png"}\n'),
+            r"metadata\.jsonl names a\.png, which is not there",
+        ),
+        (lambda folder: (folder / "metadata.jsonl").write_text("{"), r"metadata\.jsonl cannot be read"),
+    ],
+)
+def test_captioned_data_that_is_damaged_says_where(write: Callable[[Path], object], message: str, tmp_path: Path) -> None:
+    write(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        load_captioned(tmp_path)
+
+
+def test_data_that_is_no_data_says_what_is_expected(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"no recordings\. Expected files named \{digit\}_\{speaker\}_\{take\}\.wav"):
+        load_recordings(tmp_path, 8000)
+    (tmp_path / "0_someone_0.wav").write_bytes(b"RIFF, but no more")
+    with pytest.raises(ValueError, match=r"0_someone_0\.wav: is no WAV file that can be read"):
+        load_recordings(tmp_path, 8000)
+    (tmp_path / "broken.zip").write_bytes(b"no zip")
+    with pytest.raises(ValueError, match=r"broken\.zip: is neither a folder nor a zip file"):
+        load_captioned(tmp_path / "broken.zip")
+
+
+def test_the_tokenizer_is_the_same_in_the_files_of_transformers_4_and_5(tmp_path: Path) -> None:
+    captions = ["red apple, google style", "blue moon, twitter style"]
+    tokenizer = emoji_recipe.new_tokenizer(captions, 120)
+    emoji_recipe.write_slow_tokenizer(tokenizer, tmp_path)
+    again = CLIPTokenizer(vocab=str(tmp_path / "vocab.json"), merges=str(tmp_path / "merges.txt"), model_max_length=20)
+    assert torch.equal(emoji_recipe.tokenized(tokenizer, captions), emoji_recipe.tokenized(again, captions))
+    assert emoji_recipe.tokenized(tokenizer, [""]).shape == (1, 20)
 
 
 def test_an_unknown_zoo_pipeline_is_refused(tmp_path: Path) -> None:
@@ -161,43 +255,84 @@ def test_an_unknown_zoo_pipeline_is_refused(tmp_path: Path) -> None:
         commands.train("fashoin", data=tmp_path, out=tmp_path / "out", work=tmp_path / "work")
 
 
-SHIPPED = Path(locate("zoo:fashion"))
+@pytest.mark.parametrize("name", commands.NAMES)
+class TestShipped:
+    """What ships, for each pipeline of the zoo."""
+
+    def test_it_loads_in_plain_diffusers_and_makes_something(self, name: str) -> None:
+        pipe = DiffusionPipeline.from_pretrained(folder_of(name))
+        pipe.set_progress_bar_config(disable=True)
+        asked: dict[str, Any] = {"num_inference_steps": 4}
+        if name == "emoji":
+            asked |= {"prompt": ["red apple, google style"] * 2}
+        elif name == "digits":
+            asked = {"steps": 4, "batch_size": 2}
+        else:
+            asked |= {"batch_size": 2}
+        pictures = pipe(**asked, generator=torch.Generator().manual_seed(0)).images
+        assert len(pictures) == 2
+        assert all(np.asarray(picture).std() > 10 for picture in pictures), "something is to be seen"
+
+    def test_it_is_small_half_precision_safetensors(self, name: str) -> None:
+        files = [path for path in folder_of(name).rglob("*") if path.is_file()]
+        assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
+        sizes = {path: path.stat().st_size for path in files if path.suffix == ".safetensors"}
+        of_judge = {path: size for path, size in sizes.items() if "judge" in path.parts}
+        assert sum(sizes.values()) - sum(of_judge.values()) <= 16_000_000
+        assert 0 < sum(of_judge.values()) <= 2_000_000
+        for path in sizes:
+            assert {tensor.dtype for tensor in load_file(path).values() if tensor.is_floating_point()} == {torch.float16}
+
+    def test_its_card_states_what_was_measured(self, name: str) -> None:
+        figures = json.loads((folder_of(name) / "figures.json").read_text())
+        module = importlib.import_module(f"ldpruner.zoo.{name}_recipe")
+        card = (folder_of(name) / "README.md").read_text()
+        assert module.card_of(figures) == card
+        assert f"ldpruner zoo train {name} --data" in card
+        assert figures["counts"]["samples"] >= 2000
+        assert figures["operators"] >= {"fashion": 60, "emoji": 100, "digits": 60}[name]
+        assert recipe_of(module, name) == figures["recipe"], "the recipe's defaults made the weights that ship"
+
+    def test_its_card_does_not_flatter(self, name: str) -> None:
+        """The samples are worse than real data by every distance, and good enough to measure against."""
+        figures = json.loads((folder_of(name) / "figures.json").read_text())["figures"]
+        floor = figures[next(column for column in figures if column not in ("samples", "their reconstructions"))]
+        for metric in ("frechet", "kernel"):
+            assert floor[metric]["value"] < figures["samples"][metric]["value"]
 
 
-def test_the_shipped_pipeline_loads_in_plain_diffusers_and_makes_pictures() -> None:
-    pipe = LDMPipeline.from_pretrained(SHIPPED)
-    pipe.set_progress_bar_config(disable=True)
-    pictures = pipe(batch_size=4, num_inference_steps=4, generator=torch.Generator().manual_seed(0), output_type="np").images
-    assert pictures.shape == (4, 32, 32, 1)
-    assert pictures.std() > 0.1, "something is to be seen"
+def folder_of(name: str) -> Path:
+    return Path(locate(f"zoo:{name}"))
 
 
-def test_the_shipped_pipeline_is_small_half_precision_safetensors() -> None:
-    files = [path for path in SHIPPED.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 16_000_000
-    assert not [path for path in files if path.suffix in {".bin", ".pt", ".pth", ".pkl", ".ckpt"}]
-    unet = load_file(SHIPPED / "unet" / "diffusion_pytorch_model.safetensors")
-    assert {tensor.dtype for tensor in unet.values()} == {torch.float16}
-    assert (SHIPPED / "judge" / "judge.safetensors").stat().st_size <= 1_000_000
+def recipe_of(module: Any, name: str) -> dict[str, Any]:
+    recipe: dict[str, Any] = json.loads(json.dumps(asdict(getattr(module, f"{name.capitalize()}Recipe")())))
+    return recipe
 
 
-def test_the_shipped_card_states_what_was_measured() -> None:
-    figures = json.loads((SHIPPED / "figures.json").read_text())
-    assert figures["judge_accuracy"] >= 0.91
-    assert figures["samples"] >= 2000
-    assert figures["operators"] >= 60
-    assert figures["frechet"]["training pictures"] < figures["frechet"]["samples"]
-    assert fashion_recipe.card(figures) == (SHIPPED / "README.md").read_text()
-    assert "ldpruner zoo train fashion --data DIR" in (SHIPPED / "README.md").read_text()
+def figures_of(name: str) -> dict[str, Any]:
+    figures: dict[str, Any] = json.loads((folder_of(name) / "figures.json").read_text())
+    return figures
 
 
-def test_the_shipped_judge_knows_what_the_shipped_pipeline_draws() -> None:
-    from ldpruner.zoo.judges import load_judge
+def test_the_judges_of_the_zoo_are_good_enough_to_judge() -> None:
+    assert figures_of("fashion")["judge"]["accuracy"] >= 0.91
+    assert figures_of("digits")["judge"]["accuracy"] >= 0.97
+    assert figures_of("emoji")["figures"]["real pictures of these"]["class-accuracy"]["value"] >= 0.97
 
-    judge = load_judge(SHIPPED / "judge" / "judge.safetensors")
-    pictures = load("zoo:fashion").images(Probe(samples=24, num_inference_steps=10), batch_size=24)
-    images = torch.from_numpy(np.stack([np.asarray(picture.convert("L")) for picture in pictures])).unsqueeze(1).float() / 127.5 - 1
-    with torch.no_grad():
-        confidence, classes = judge(images).softmax(1).max(1)
-    assert len(set(classes.tolist())) >= 5
-    assert confidence.mean() > 0.7
+
+def test_the_digits_that_are_generated_are_digits() -> None:
+    figures = figures_of("digits")["figures"]
+    assert figures["samples"]["confidence"]["value"] > 0.8
+    assert figures["samples"]["class-balance"]["value"] > 0.9
+
+
+@pytest.mark.slow
+def test_the_shipped_judges_know_what_the_shipped_pipelines_make() -> None:
+    probe = Probe(samples=24, num_inference_steps=10)
+    garments = evaluate(load("zoo:fashion"), probe=probe, metrics=["confidence", "class-balance"])
+    assert garments["confidence"] > 0.7
+    assert garments["class-balance"] > 0.6
+    emoji = evaluate(load("zoo:emoji"), probe=probe, metrics=["class-accuracy", "retrieval-5"])
+    assert emoji["class-accuracy"] > 0.8
+    assert emoji["retrieval-5"] > 0.6, "five of 24 by chance would be 0.2"

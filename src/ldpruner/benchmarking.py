@@ -1,24 +1,27 @@
-"""Measured time: two things alternate in one run, and what is reported is their ratio, with its spread."""
+"""Measured time and memory: two things alternate in one run, and what is reported is their ratio, with its confidence."""
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ldpruner.operators.timing import device_of, seconds
+from ldpruner.environment import environment, peak_since_reset, reset_peak, resident_bytes
+from ldpruner.errors import PipelineError
+from ldpruner.operators.timing import device_of, seconds, time_alone
 from ldpruner.operators.tracing import Call, count_macs
-from ldpruner.pipelines import Pipeline
+from ldpruner.pipelines import Pipeline, locate
 from ldpruner.probes import Probe
 from ldpruner.record import Measurement
 
 Switch = Callable[[], Any]
+WEIGHTS = (".safetensors", ".bin", ".msgpack", ".ckpt", ".pt", ".pth")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,74 +53,170 @@ def alternate(first: Switch, second: Switch, device: torch.device, *, rounds: in
 
 def compare_calls(first: nn.Module, second: nn.Module, call: Call, *, rounds: int = 31) -> Comparison:
     """How long one denoiser call takes in each of two denoisers on the device of the first."""
-
     how = f"one denoiser call, batch {call.batch}"
     return alternate(_caller(first, call), _caller(second, call), device_of(first), rounds=rounds, how=how)
 
 
 def benchmark(first: Pipeline, second: Pipeline | None = None, *, probe: Probe, rounds: int) -> dict[str, Any]:
-    """Size and speed of one pipeline, or of two that take turns in one run, as JSON.
+    """Size, speed and memory of one pipeline, or of two that take turns in one run, as JSON.
 
-    Gives parameters, MACs of one denoiser call for one sample, bytes of the denoiser's weights, and the time of one
-    denoiser call and of a whole generation of the probe's samples from noise to pictures; a ratio is second to first.
+    `times` holds the denoiser's call, a whole generation of the probe's samples (decoded), and apart from it the decoder and
+    the text encoders, where the pipeline has them; a ratio is second to first, with a 95 % interval of its median. `memory`
+    is what a generation takes above what the process held before it. `operators` are the times of each module by itself
+    in one denoiser call. MACs are those of one call for one sample, bytes are those of weights.
     """
     pipelines = [first, second] if second else [first]
-    calls = [pipeline.call(probe, samples=probe.samples) for pipeline in pipelines]
-    one, other = pipelines[0], pipelines[-1]
-    call = alternate(
-        _caller(one.denoiser, calls[0]),
-        _caller(other.denoiser, calls[-1]),
-        device_of(one.denoiser),
-        rounds=rounds,
-        how=f"batch {calls[0].batch}",
-    )
-    whole = alternate(
-        lambda: one.generate(probe),
-        lambda: other.generate(probe),
-        device_of(one.denoiser),
-        rounds=max(2, rounds // 4),
-        how=f"{probe.samples} x {probe.num_inference_steps} steps, decoded",
-    )
+    stages = [_stages(pipeline, pipeline.completed(probe)) for pipeline in pipelines]
+    device, calls = device_of(first.denoiser), [each.call for each in stages]
+    times = {
+        name: _as_json(
+            alternate(
+                stages[0].runs[name],
+                stages[-1].runs[name],
+                device,
+                rounds=max(2, rounds // 4) if name == "generation" else rounds,
+                how=stages[0].how[name],
+            ),
+            len(pipelines),
+        )
+        for name in stages[0].runs
+        if name in stages[-1].runs
+    }
     return {
         "models": [pipeline.source for pipeline in pipelines],
-        "params": [sum(p.numel() for p in pipeline.denoiser.parameters()) for pipeline in pipelines],
-        "macs": [count_macs(pipeline.denoiser, taken) for pipeline, taken in zip(pipelines, calls, strict=True)],
+        "task": first.task,
+        "batch": probe.samples,
+        "latents": list(stages[0].latents),
+        "resolution": list(stages[0].resolution),
+        "params": [_params(pipeline.denoiser) for pipeline in pipelines],
+        "macs": [count_macs(pipeline.denoiser, call) for pipeline, call in zip(pipelines, calls, strict=True)],
         "weights_bytes": [sum(p.nbytes for p in pipeline.denoiser.parameters()) for pipeline in pipelines],
-        "denoiser_call": _as_json(call, len(pipelines)),
-        "generation": _as_json(whole, len(pipelines)),
-        "environment": environment(one.denoiser),
+        "file_bytes": [_file_bytes(pipeline) for pipeline in pipelines],
+        "times": times,
+        "memory": [_memory(each.runs["generation"], device) for each in stages],
+        "operators": [
+            operator_times(pipeline.denoiser, call, repeats=max(3, rounds // 3))
+            for pipeline, call in zip(pipelines, calls, strict=True)
+        ],
+        "environment": environment(first.denoiser),
     }
 
 
-def _caller(denoiser: nn.Module, call: Call) -> Switch:
-    def run() -> Any:
-        with torch.inference_mode():
-            return call.run(denoiser)
+@dataclass(frozen=True, kw_only=True)
+class _Stages:
+    """What of a pipeline is timed, and what each was given."""
 
-    return run
+    call: Call  # of the denoiser
+    runs: dict[str, Switch]
+    how: dict[str, str]
+    latents: tuple[int, ...]  # of one sample
+    resolution: tuple[int, ...]  # of one decoded picture or spectrogram: channels, height, width
+
+
+def _stages(pipeline: Pipeline, probe: Probe) -> _Stages:
+    """Watch one generation, and take from it what each part is called with."""
+    call = pipeline.call(probe, samples=probe.samples)
+    with _recorded(pipeline) as recorded:
+        made = next(pipeline.generations(probe))
+    runs: dict[str, Switch] = {"denoiser_call": _caller(pipeline.denoiser, call), "generation": lambda: pipeline.generate(probe)}
+    how = {
+        "denoiser_call": f"batch {call.batch}",
+        "generation": f"{probe.samples} x {probe.num_inference_steps} steps, decoded",
+    }
+    for name, switches in recorded.items():
+        runs[name] = functools.partial(_all, switches)
+        how[name] = f"{probe.samples} samples"
+    if pipeline.mel is not None:
+        runs["vocoder"] = lambda: [pipeline.sound(picture) for picture in made.pictures]
+        how["vocoder"] = f"{probe.samples} samples"
+    return _Stages(call=call, runs=runs, how=how, latents=tuple(made.latents.shape[1:]), resolution=tuple(made.pictures.shape[1:]))
+
+
+@contextmanager
+def _recorded(pipeline: Pipeline) -> Iterator[dict[str, list[Switch]]]:
+    """Collect how decoders and text encoders are called while the block runs, so that the calls can be made again."""
+    found: dict[str, list[Switch]] = {}
+    with ExitStack() as stack:
+        for name, part in pipeline.pipe.components.items():
+            if not isinstance(part, nn.Module):
+                continue
+            if hasattr(part, "decode"):
+                original: Any = part.decode
+                part.__dict__["decode"] = functools.partial(_record, original, found.setdefault("decoder", []))
+                stack.callback(part.__dict__.pop, "decode")
+            elif name.startswith("text_encoder"):
+                handle = part.register_forward_pre_hook(_hook(found.setdefault("text_encoder", [])), with_kwargs=True)
+                stack.callback(handle.remove)
+        yield found
+    for name in [name for name, calls in found.items() if not calls]:
+        del found[name]
+
+
+def _record(function: Callable[..., Any], calls: list[Switch], *args: Any, **kwargs: Any) -> Any:
+    calls.append(functools.partial(_quietly, function, *args, **kwargs))
+    return function(*args, **kwargs)
+
+
+def _hook(calls: list[Switch]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append(functools.partial(_quietly, module.__call__, *args, **kwargs))
+
+    return hook
+
+
+def _quietly(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    with torch.inference_mode():
+        return function(*args, **kwargs)
+
+
+def _all(switches: Sequence[Switch]) -> None:
+    for switch in switches:
+        switch()
+
+
+def operator_times(denoiser: nn.Module, call: Call, *, repeats: int) -> dict[str, Any]:
+    """Each module's own time in one call, longest first, and how far their sum is from the whole.
+
+    A module's own time leaves out the modules that it calls, so the parts make up the whole; what `sum_to_whole` is above 1
+    is what watching costs.
+    """
+    whole, alone = time_alone(denoiser, call, repeats)
+    modules = dict(denoiser.named_modules())
+    rows = [
+        {"operator": name or "(the denoiser itself)", "kind": type(modules[name]).__name__, "own_ms": taken}
+        for name, taken in sorted(alone.items(), key=lambda item: -item[1])
+    ]
+    return {"whole_ms": whole, "sum_ms": sum(alone.values()), "sum_to_whole": sum(alone.values()) / whole, "times": rows}
+
+
+def _memory(run: Switch, device: torch.device) -> dict[str, Any]:
+    """Bytes that the process holds before a generation, and the most that it holds in it: allocated on CUDA, else resident."""
+    run()
+    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
+    watched = reset_peak(device)
+    run()
+    peak = peak_since_reset(device) if watched else None
+    return {"kind": "allocated" if device.type == "cuda" else "resident", "before_bytes": before, "peak_bytes": peak}
+
+
+def _file_bytes(pipeline: Pipeline) -> int | None:
+    """How large the weights of a pipeline's folder are on disk, None where it came from elsewhere."""
+    try:
+        folder = Path(locate(pipeline.source))
+    except PipelineError:
+        return None
+    files = [path for path in folder.rglob("*") if path.suffix in WEIGHTS and "judge" not in path.relative_to(folder).parts]
+    return sum(path.stat().st_size for path in files) or None
+
+
+def _params(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _caller(denoiser: nn.Module, call: Call) -> Switch:
+    return functools.partial(_quietly, call.run, denoiser)
 
 
 def _as_json(comparison: Comparison, models: int) -> dict[str, Any]:
     readings = [asdict(comparison.first), asdict(comparison.second)][:models]
     return {"models": readings} | ({"ratio": asdict(comparison.ratio)} if models > 1 else {})
-
-
-def environment(denoiser: nn.Module) -> dict[str, Any]:
-    """Where and with what a time was taken."""
-    device = device_of(denoiser)
-    return {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
-        "threads": torch.get_num_threads(),
-        "dtype": str(next(denoiser.parameters()).dtype).removeprefix("torch."),
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "diffusers", "ldpruner")},
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        names = {line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")}
-    except OSError:
-        names = set()
-    return ", ".join(sorted(names)) or platform.processor() or platform.machine()

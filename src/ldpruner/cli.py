@@ -10,13 +10,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ldpruner.errors import BudgetError, LDPrunerError, UnknownNameError
+from ldpruner.errors import BudgetError, DataError, LDPrunerError, UnknownNameError
 from ldpruner.probes import Probe
 
 if TYPE_CHECKING:
@@ -52,6 +52,9 @@ loading = _stacked(
 )
 prompting = _stacked(
     click.option("--prompt", "prompts", multiple=True, help="A text prompt; give several, and samples take them in turn."),
+    click.option(
+        "--prompts-file", type=FOLDER, help="Prompts from a file, one a line, or the texts of a metadata.jsonl; a short list ships."
+    ),
     click.option("--guidance-scale", type=float, help="The pipeline's own by default."),
 )
 probing = _stacked(
@@ -227,18 +230,73 @@ def prune(
 @as_json
 @loading
 def sample(model: str, out: Path, batch_size: int, as_json: bool, **settings: Any) -> None:
-    """Generate pictures: one file for each seed, and a sheet of all of them."""
+    """Generate pictures, or sounds and their spectrograms: one file for each seed, and a sheet of all pictures."""
     from ldpruner import reporting
     from ldpruner.files import check_writable
 
     probe = _probe(settings)
     check_writable(out)
-    pictures = _load(model, settings).images(probe, batch_size=batch_size)
-    names = reporting.save_images(pictures, out, first_seed=probe.seed)
+    pipeline = _load(model, settings)
+    pictures = pipeline.images(probe, batch_size=batch_size)
+    if pipeline.mel is None:
+        names, kind = reporting.save_images(pictures, out, first_seed=probe.seed), "pictures"
+    else:
+        names, kind = reporting.save_sounds(pipeline, pictures, out, first_seed=probe.seed), "sounds with their spectrograms"
     if as_json:
         _print_json({"out": str(out), "files": names})
         return
-    print(f"{len(names)} pictures in {out}, and all of them in {out / 'sheet.png'}.")
+    print(f"{len(names)} {kind} in {out}, and all pictures in {out / 'sheet.png'}.")
+
+
+@app.command()
+@model
+@click.option("--against", metavar="MODEL", help="The original: measured too, and compared with seed by seed.")
+@click.option(
+    "--reference", metavar="DATA", help="Real data: a folder or zip of pictures or recordings; a zoo judge keeps its own."
+)
+@click.option("--metrics", help="Only these, with commas, such as fid,kid,latent-shift; all that the rest allows by default.")
+@click.option("--features", multiple=True, help="Who looks: judge, judge=zoo:NAME, inception=FILE, clip=FOLDER, clap=FOLDER.")
+@click.option("-n", "--samples", default=500, show_default=True, type=click.IntRange(1), help="How many samples of each model.")
+@click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation.")
+@click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i.")
+@prompting
+@click.option("--batch-size", default=50, show_default=True, type=click.IntRange(1), help="Samples in one denoiser call.")
+@click.option("--cache", type=FOLDER, help="Where samples and features are kept; $LDPRUNER_CACHE, or ~/.cache/ldpruner.")
+@as_json
+@loading
+def evaluate(
+    model: str,
+    against: str | None,
+    reference: str | None,
+    metrics: str | None,
+    features: tuple[str, ...],
+    batch_size: int,
+    cache: Path | None,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Measure how good samples are, and with --against how far from the original's; an interrupted run goes on."""
+    from ldpruner import evaluation, reporting
+
+    probe = _probe(settings)
+    loaded = [_load(name, settings) for name in (model, against) if name]
+    result = evaluation.evaluate(
+        *loaded,
+        probe=probe,
+        metrics=_names(metrics, "--metrics"),
+        features=features or None,
+        reference=reference,
+        batch_size=batch_size,
+        cache=cache,
+        watch=_watch,
+    )
+    if as_json:
+        _print_json(result.to_json())
+        return
+    print(reporting.printed(reporting.evaluation_table(result)))
+    spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in result.seconds.items())
+    print(f"{result.task}; {spent}; {reporting.megabytes(result.peak_bytes)} of memory at most.")
+    print(", ".join(f"{key} {value}" for key, value in result.environment.items()))
 
 
 @app.command()
@@ -248,11 +306,12 @@ def sample(model: str, out: Path, batch_size: int, as_json: bool, **settings: An
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(1), help="Samples of a generation.")
 @click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation.")
 @click.option("--seed", default=0, show_default=True)
+@click.option("--operators", default=0, show_default=True, help="List this many of the modules that take longest.")
 @prompting
 @as_json
 @loading
-def benchmark(model: str, against: str | None, rounds: int, as_json: bool, **settings: Any) -> None:
-    """Time one denoiser call and a whole generation; with --against, two models in turn, and their ratio."""
+def benchmark(model: str, against: str | None, rounds: int, operators: int, as_json: bool, **settings: Any) -> None:
+    """Time a denoiser call, a generation and its parts, and memory; with --against, two models in turn, and their ratio."""
     from ldpruner import benchmarking, reporting
 
     probe = _probe(settings)
@@ -262,6 +321,12 @@ def benchmark(model: str, against: str | None, rounds: int, as_json: bool, **set
         _print_json(result)
         return
     print(reporting.printed(reporting.benchmark_table(result)))
+    if operators:
+        print(reporting.printed(reporting.times_table(result, operators)))
+    for name, times in zip(result["models"], result["operators"], strict=True):
+        print(reporting.times_line(name, times))
+    sizes = ["x".join(map(str, result[name])) for name in ("latents", "resolution")]
+    print(f"{result['task']}, batch {result['batch']}, latents {sizes[0]}, decoded {sizes[1]}")
     print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
 
 
@@ -330,8 +395,14 @@ def _load(model: str, settings: Settings) -> Pipeline:
 
 
 def _probe(settings: Settings) -> Probe:
+    from ldpruner.files import read_prompts
+
     names = ("samples", "num_inference_steps", "seed", "guidance_scale")
-    return Probe(prompts=settings["prompts"], **{name: settings[name] for name in names})
+    file = settings["prompts_file"]
+    if file and settings["prompts"]:
+        raise DataError("give --prompt or --prompts-file, not both.")
+    prompts = read_prompts(file) if file else settings["prompts"]
+    return Probe(prompts=prompts, **{name: settings[name] for name in names})
 
 
 def _budget(given: tuple[str, ...]) -> dict[str, str | float]:
@@ -350,7 +421,8 @@ def _budget(given: tuple[str, ...]) -> dict[str, str | float]:
 
 
 _SETTLED_BY_A_PLAN = {
-    "run", "samples", "num_inference_steps", "seed", "prompts", "guidance_scale", "method", "selection", "replacements",
+    "run", "samples", "num_inference_steps", "seed", "prompts", "prompts_file", "guidance_scale", "method", "selection",
+    "replacements",
 }  # fmt: skip
 
 
@@ -362,13 +434,23 @@ def _refuse_settled(context: click.Context) -> None:
             raise BudgetError(f"{parameter.opts[0]} goes with --budget: a plan has settled it. Leave it out.")
 
 
-def _names(given: str | None) -> list[str] | None:
+def _names(given: str | None, option: str = "--replacements") -> list[str] | None:
     if given is None:
         return None
     names = [name.strip() for name in given.split(",") if name.strip()]
     if not names:
-        raise UnknownNameError(f"--replacements {given!r}: names none. Leave it out to allow all.")
+        raise UnknownNameError(f"{option} {given!r}: names none. Leave it out to allow all.")
     return names
+
+
+def _watch(parts: Iterator[Any], total: int, what: str) -> Iterator[Any]:
+    """A progress bar over parts of samples, by their sizes."""
+    from tqdm.auto import tqdm
+
+    with tqdm(total=total, desc=what, unit="sample", mininterval=1, file=sys.stderr) as bar:
+        for part in parts:
+            bar.update(len(next(iter(part.values()))))
+            yield part
 
 
 def _progress(scores: Iterable[Score], done: int, total: int) -> Iterable[Score]:

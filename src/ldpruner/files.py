@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ldpruner.errors import ArtifactError, LDPrunerError
+from ldpruner.errors import ArtifactError, DataError, LDPrunerError
 
 MARKER = ".ldpruner"  # in every folder that we wrote: only such a folder, or an empty one, is ever replaced
 
@@ -126,3 +126,16 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     if len(whole) < len(raw):
         write_text(path, whole.decode("utf-8"))
     return [json.loads(line) for line in whole.splitlines() if line.strip()]
+
+
+def read_prompts(path: Path) -> tuple[str, ...]:
+    """The prompts in a text file, one a line, or the `text` of every entry of a `.jsonl` file. Raises `DataError`."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [str(json.loads(line)["text"]) for line in lines] if path.suffix == ".jsonl" else [line.strip() for line in lines]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        raise DataError(f"{path}: no prompts can be read ({reason}).") from error
+    if not prompts:
+        raise DataError(f"{path}: holds no prompts. Write one a line.")
+    return tuple(prompts)

@@ -9,10 +9,12 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
@@ -21,8 +23,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ldpruner.errors import PipelineError, suggest
+from ldpruner.files import read_prompts
 from ldpruner.operators.tracing import Call
 from ldpruner.probes import Probe
+from ldpruner.sound import Wave, from_spectrogram, to_spectrogram
 
 log = logging.getLogger(__name__)
 
@@ -33,8 +37,19 @@ _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torc
 _DENOISERS = ("unet", "transformer")
 
 
+PROMPTS = "prompts.txt"  # one prompt a line: beside a pipeline's model_index.json, or ours
+
+
 class _SeenEnoughError(Exception):
     """Ends a generation once what was wanted has been seen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generated:
+    """Some samples of a generation: the latents it ended with, and what was decoded from them."""
+
+    latents: Tensor  # (n, channels, ...), as the scheduler's last step gave them
+    pictures: Tensor  # (n, channels, h, w), uint8; of sound, its spectrograms
 
 
 class Pipeline:
@@ -54,6 +69,29 @@ class Pipeline:
         """The network that predicts the noise of latents, step after step."""
         denoiser: nn.Module = getattr(self.pipe, self.component)
         return denoiser
+
+    @property
+    def task(self) -> str:
+        """What it takes and gives: `text-to-image`, `unconditional image`, `text-to-audio` or `unconditional audio`."""
+        outcome = "audio" if self.mel is not None or "vocoder" in self.pipe.components else "image"
+        return f"text-to-{outcome}" if "prompt" in self._accepted() else f"unconditional {outcome}"
+
+    @property
+    def mel(self) -> Any | None:
+        """What turns spectrograms into sound and back, where the pipeline generates sound as pictures of it."""
+        return getattr(self.pipe, "mel", None)
+
+    def completed(self, probe: Probe) -> Probe:
+        """The probe with prompts, where the pipeline wants some and the probe has none.
+
+        They come from `prompts.txt` in the pipeline's folder, or from a short list that ships: one for each sample, in turn.
+        """
+        if probe.prompts or "prompt" not in self._accepted():
+            return probe
+        return replace(probe, prompts=_shipped_prompts(self.source)[: probe.samples])
+
+    def _accepted(self) -> set[str]:
+        return set(inspect.signature(self.pipe.__call__).parameters)
 
     @contextmanager
     def with_denoiser(self, denoiser: nn.Module) -> Iterator[Pipeline]:
@@ -78,12 +116,32 @@ class Pipeline:
             raise PipelineError(f"{self.source}: {type(self.pipe).__name__} never called its scheduler, so it has no latents.")
         return last[0]
 
+    def generations(self, probe: Probe, *, batch_size: int | None = None, first: int = 0) -> Iterator[Generated]:
+        """The probe's generations from sample `first` on, a batch at a time, latents and pictures both."""
+        for rows in _batches(probe.samples, batch_size or probe.samples, first):
+            last: list[Tensor] = []
+            with self._watched_steps(last), self._without_vocoder():
+                images = self._generate(probe, rows).images
+            yield Generated(latents=last[0].float().cpu(), pictures=torch.stack([_as_tensor(image) for image in images]))
+
     def images(self, probe: Probe, *, batch_size: int | None = None) -> list[Image.Image]:
-        """The probe's generations as pictures, in the order of their seeds."""
+        """The probe's generations as pictures, in the order of their seeds; of sound, its spectrograms."""
         pictures: list[Image.Image] = []
         for rows in _batches(probe.samples, batch_size or probe.samples):
-            pictures += self._generate(probe, rows).images
+            with self._without_vocoder():
+                pictures += self._generate(probe, rows).images
         return pictures
+
+    def sound(self, spectrogram: Image.Image | Tensor) -> tuple[Wave, int]:
+        """The sound of one generated spectrogram, and its sample rate in Hz. Raises `PipelineError` where there is no mel."""
+        if self.mel is None:
+            raise PipelineError(f"{self.source}: {type(self.pipe).__name__} generates no spectrograms, so there is no sound.")
+        picture = spectrogram[0].numpy() if isinstance(spectrogram, Tensor) else np.asarray(spectrogram.convert("L"))
+        return from_spectrogram(self.mel, picture), self.mel.get_sample_rate()
+
+    def spectrogram(self, wave: Wave) -> Tensor:
+        """A wave at the pipeline's sample rate as it would generate it, `(1, bands, frames)`, uint8."""
+        return torch.from_numpy(to_spectrogram(self.mel, wave).copy()).unsqueeze(0)
 
     def generate(self, probe: Probe) -> Any:
         """All of the probe's samples in one generation, decoded, as the pipeline gives them."""
@@ -108,13 +166,14 @@ class Pipeline:
     def _generate(self, probe: Probe, rows: range) -> Any:
         """One call of the pipeline; None where it was stopped on the way."""
         generators = [torch.Generator("cpu").manual_seed(probe.seed + row) for row in rows]
-        arguments: dict[str, Any] = {"generator": generators, "num_inference_steps": probe.num_inference_steps}
-        accepted = inspect.signature(self.pipe.__call__).parameters
+        accepted = self._accepted()
+        steps = "num_inference_steps" if "num_inference_steps" in accepted else "steps"
+        arguments: dict[str, Any] = {"generator": generators, steps: probe.num_inference_steps}
         for name, asked in (("prompt", bool(probe.prompts)), ("guidance_scale", probe.guidance_scale is not None)):
             if asked and name not in accepted:
                 raise PipelineError(f"{self.source}: {type(self.pipe).__name__} takes no {name}. Leave it out.")
         if "prompt" in accepted:
-            prompts = probe.prompts or ("",)
+            prompts = self.completed(probe).prompts
             arguments["prompt"] = [prompts[row % len(prompts)] for row in rows]
         elif "batch_size" in accepted:
             arguments["batch_size"] = len(rows)
@@ -159,9 +218,32 @@ class Pipeline:
                     stack.callback(part.__dict__.pop, "decode")
             yield
 
+    @contextmanager
+    def _without_vocoder(self) -> Iterator[None]:
+        """Leave spectrograms as pictures: phases take longer to find than the rest of a small pipeline's generation."""
+        if self.mel is None:
+            yield
+            return
+        self.mel.__dict__["image_to_audio"] = lambda _: np.zeros(1)
+        try:
+            yield
+        finally:
+            del self.mel.__dict__["image_to_audio"]
 
-def _batches(samples: int, size: int) -> Iterator[range]:
-    return (range(first, min(first + size, samples)) for first in range(0, samples, size))
+
+def _batches(samples: int, size: int, first: int = 0) -> Iterator[range]:
+    return (range(start, min(start + size, samples)) for start in range(first, samples, size))
+
+
+def _as_tensor(image: Image.Image) -> Tensor:
+    array = np.array(image)
+    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+
+
+def _shipped_prompts(source: str) -> tuple[str, ...]:
+    folder = _ZOO / source.removeprefix("zoo:") if source.startswith("zoo:") else Path(source)
+    beside = folder / PROMPTS
+    return read_prompts(beside if beside.is_file() else Path(__file__).with_name(PROMPTS))
 
 
 def as_pipeline(model: str | os.PathLike[str] | DiffusionPipeline | Pipeline) -> Pipeline:

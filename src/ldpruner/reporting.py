@@ -10,9 +10,12 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
+from ldpruner.evaluation import Evaluation, Figure
 from ldpruner.files import staged_folder
+from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators, Plan
 from ldpruner.record import Measurement
+from ldpruner.sound import write_wav
 
 
 def count(value: float) -> str:
@@ -51,23 +54,104 @@ def comparison_table(record: dict[str, Any]) -> Table:
     return table
 
 
+def interval(ratio: Measurement) -> str:
+    """A ratio with the 95 % interval of its median: `64.8 % (62.1 to 66.0)`."""
+    if ratio.low is None or ratio.high is None:
+        return percent(ratio.value)
+    return f"{percent(ratio.value)} ({ratio.low * 100:.1f} to {ratio.high * 100:.1f})"
+
+
+def megabytes(size: float | None) -> str:
+    """A number of bytes: `26.23 MB`."""
+    return "" if size is None else f"{size / 1e6:.2f} MB"
+
+
+SIZES = {
+    "params": ("parameters, denoiser", count),
+    "macs": ("MACs, one call, one sample", count),
+    "weights_bytes": ("weights in memory, denoiser", megabytes),
+    "file_bytes": ("weights on disk, pipeline", megabytes),
+}
+TIMES = {
+    "denoiser_call": "denoiser call",
+    "generation": "generation",
+    "decoder": "decoder",
+    "text_encoder": "text encoder",
+    "vocoder": "spectrogram to sound",
+}
+
+
 def benchmark_table(result: dict[str, Any]) -> Table:
     """Every figure of a benchmark, one model or two side by side."""
     table = Table()
     table.add_column("", no_wrap=True)
     for model in result["models"]:
         table.add_column(model, justify="right", overflow="fold")
-    ratios = len(result["models"]) > 1
-    if ratios:
-        table.add_column("second / first", justify="right")
-    for name in ("params", "macs", "weights_bytes"):
+    compared = len(result["models"]) > 1
+    if compared:
+        table.add_column("second / first (95 %)", justify="right")
+    for name, (title, shown) in SIZES.items():
         values = result[name]
-        table.add_row(name, *map(count, values), *([percent(values[1] / values[0])] if ratios else []))
-    for name in ("denoiser_call", "generation"):
-        readings = [Measurement(**value) for value in result[name]["models"]]
-        ratio = [percent(result[name]["ratio"]["value"])] if ratios else []
-        table.add_row(f"{name}: {readings[0].how}", *map(milliseconds, readings), *ratio)
+        ratio = [percent(values[1] / values[0]) if all(values) else ""] if compared else []
+        table.add_row(title, *map(shown, values), *ratio)
+    for name, measured in result["times"].items():
+        readings = [Measurement(**value) for value in measured["models"]]
+        ratio = [interval(Measurement(**measured["ratio"]))] if compared else []
+        table.add_row(f"{TIMES[name]}: {readings[0].how}", *map(milliseconds, readings), *ratio)
+    memory = result["memory"]
+    rises = [None if each["peak_bytes"] is None else each["peak_bytes"] - each["before_bytes"] for each in memory]
+    table.add_row(
+        f"{memory[0]['kind']} memory before a generation", *(megabytes(each["before_bytes"]) for each in memory), *[""] * compared
+    )
+    table.add_row("most added by it", *map(megabytes, rises), *[""] * compared)
     return table
+
+
+def times_table(result: dict[str, Any], limit: int) -> Table:
+    """The modules that take longest by themselves, of every model of a benchmark."""
+    table = Table()
+    for heading in ("model", "operator", "kind"):
+        table.add_column(heading, overflow="fold")
+    table.add_column("own ms", justify="right")
+    table.add_column("of the sum", justify="right")
+    for model, times in zip(result["models"], result["operators"], strict=True):
+        for row in times["times"][:limit]:
+            table.add_row(model, row["operator"], row["kind"], f"{row['own_ms']:.3f}", percent(row["own_ms"] / times["sum_ms"]))
+    return table
+
+
+def times_line(model: str, times: dict[str, Any]) -> str:
+    """How far the operators' times are from the whole."""
+    return (
+        f"{model}: {len(times['times'])} modules add up to {times['sum_ms']:.2f} ms when watched, "
+        f"{percent(times['sum_to_whole'])} of the {times['whole_ms']:.2f} ms that one call takes unwatched."
+    )
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Every figure of an evaluation, one model or two side by side; an arrow shows which way is better."""
+    table = Table()
+    table.add_column("metric", overflow="fold")
+    table.add_column("seen by", overflow="fold")
+    table.add_column("n", justify="right", no_wrap=True)
+    for model in evaluation.models:
+        table.add_column(model, justify="right", overflow="fold")
+    cells: dict[tuple[str, str | None], list[Figure | None]] = {}
+    for place, figures in enumerate(evaluation.figures):
+        for figure in figures:
+            cells.setdefault((figure.metric, figure.features), [None] * len(evaluation.models))[place] = figure
+    for row in cells.values():
+        known = next(figure for figure in row if figure)
+        counted = f"{known.samples}" + (f" to {known.reference}" if known.reference else "")
+        arrow = {"lower": "↓", "higher": "↑"}[known.better]
+        table.add_row(f"{known.title} {arrow}", known.features or "", counted, *map(_figure, row))
+    return table
+
+
+def _figure(figure: Figure | None) -> str:
+    if figure is None:
+        return ""
+    return f"{figure.value:.4g}" + (f" ± {figure.error:.2g}" if figure.error is not None else "")
 
 
 def operator_table(operators: Operators, limit: int | None = None) -> Table:
@@ -136,5 +220,26 @@ def save_images(pictures: Sequence[Image.Image], out: Path, *, first_seed: int) 
     with staged_folder(out) as scratch:
         for name, picture in zip(names, pictures, strict=True):
             picture.save(scratch / name)
-        grid([pictures[first : first + 8] for first in range(0, len(pictures), 8)]).save(scratch / "sheet.png")
+        _sheet(pictures).save(scratch / "sheet.png")
     return names
+
+
+def save_sounds(pipeline: Pipeline, spectrograms: Sequence[Image.Image], out: Path, *, first_seed: int) -> list[str]:
+    """Write one WAV and one PNG per spectrogram, low pitch at the bottom, and `sheet.png`, into `out`; return the WAVs' names."""
+    names = [f"seed-{first_seed + index:05d}" for index in range(len(spectrograms))]
+    upright = [upright_spectrogram(picture) for picture in spectrograms]
+    with staged_folder(out) as scratch:
+        for name, picture, shown in zip(names, spectrograms, upright, strict=True):
+            write_wav(scratch / f"{name}.wav", *pipeline.sound(picture))
+            shown.save(scratch / f"{name}.png")
+        _sheet(upright).save(scratch / "sheet.png")
+    return [f"{name}.wav" for name in names]
+
+
+def upright_spectrogram(picture: Image.Image) -> Image.Image:
+    """A spectrogram as people draw it: low pitch at the bottom, where pipelines keep it at the top."""
+    return picture.transpose(Image.Transpose.FLIP_TOP_BOTTOM)
+
+
+def _sheet(pictures: Sequence[Image.Image]) -> Image.Image:
+    return grid([pictures[first : first + 8] for first in range(0, len(pictures), 8)])

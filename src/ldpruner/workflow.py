@@ -14,7 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from ldpruner import artifacts, surgery
-from ldpruner.benchmarking import Comparison, compare_calls, environment
+from ldpruner.benchmarking import Comparison, compare_calls
+from ldpruner.environment import environment
 from ldpruner.errors import PlanError
 from ldpruner.fitting import fit_pointwise, pointwise_wanted
 from ldpruner.operators.tracing import architecture, count_macs

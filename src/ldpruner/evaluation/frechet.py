@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldpruner.errors import DataError
+from ldpruner.evaluation.base import Estimate, Evidence, Metric, Stream, register
+
+LATENT_NUMBERS = 2048  # a covariance of more takes more memory than a small machine has
 
 
 class _Given(nn.Module):
-    """Hands features through: torchmetrics asks for a network, and ours has seen the pictures already."""
+    """Hands features through: torchmetrics asks for a network, and ours has seen the samples already."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -19,7 +25,7 @@ class _Given(nn.Module):
         return features
 
 
-def frechet_distance(real: Tensor, generated: Tensor) -> float:
+def frechet_distance(real: Stream, generated: Stream) -> float:
     """||m1 - m2||^2 + tr(C1 + C2 - 2 (C1 C2)^1/2) of features `(n, width)`; 0 is equal, and fewer samples raise it.
 
     Torchmetrics does the sums, in float64. Raises `DataError` where it is not installed.
@@ -27,8 +33,54 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
     except ImportError as error:
-        raise DataError("the Fréchet distance needs torchmetrics: pip install 'ldpruner[zoo]'.") from error
-    metric = FrechetInceptionDistance(feature=_Given(real.shape[1]), normalize=True).set_dtype(torch.float64)
-    metric.update(real.double(), real=True)
-    metric.update(generated.double(), real=False)
+        raise DataError("the Fréchet distance needs torchmetrics: pip install 'ldpruner[metrics]'.") from error
+    metric = None
+    for stream, is_real in ((real, True), (generated, False)):
+        for part in stream():
+            metric = metric or FrechetInceptionDistance(feature=_Given(part.shape[1]), normalize=True).set_dtype(torch.float64)
+            metric.update(part.double(), real=is_real)
+    assert metric is not None
     return float(metric.compute())
+
+
+def _of_features(evidence: Evidence) -> Estimate:
+    return Estimate(value=frechet_distance(evidence.reference["features"], evidence.samples["features"]))
+
+
+def _of_latents(evidence: Evidence) -> Estimate:
+    return Estimate(value=frechet_distance(_flat(evidence.original["latents"]), _flat(evidence.samples["latents"])))
+
+
+def _flat(latents: Stream) -> Stream:
+    """Latents as rows of at most 2,048 numbers: larger grids are halved by averaging until they are small enough."""
+
+    def stream() -> Iterator[Tensor]:
+        for part in latents():
+            pooled = part.float()
+            while pooled[0].numel() > LATENT_NUMBERS and pooled.ndim == 4 and min(pooled.shape[2:]) > 1:
+                pooled = F.avg_pool2d(pooled, 2)
+            yield pooled.flatten(1)
+
+    return stream
+
+
+register(
+    Metric(
+        name="frechet",
+        title="Fréchet distance",
+        source="arXiv 1706.08500; FID with Inception's features, FAD (arXiv 1812.08466) with those of sound",
+        better="lower",
+        needs=("features", "reference"),
+        measure=_of_features,
+    )
+)
+register(
+    Metric(
+        name="latent-frechet",
+        title="Fréchet distance of latents",
+        source="arXiv 1706.08500, on latents; grids averaged down to 2,048 numbers",
+        better="lower",
+        needs=("latents", "original"),
+        measure=_of_latents,
+    )
+)

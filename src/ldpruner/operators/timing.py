@@ -37,13 +37,28 @@ def device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-@torch.inference_mode()
 def time_modules(denoiser: nn.Module, call: Call, repeats: int) -> tuple[float, dict[str, float]]:
     """Milliseconds of the whole call, and of every module in it with all that it calls: medians over `repeats`.
 
-    The median is taken of what each module spends by itself, and these are added up: a disturbance that meets one module
-    in one run then neither hides in its parents nor makes the parts disagree with the whole. Hooks slow the call down, so
-    everything is scaled to the duration of the plain call.
+    What each module spends by itself is added up, so that a disturbance that meets one module in one run neither hides in
+    its parents nor makes the parts disagree with the whole. Hooks slow the call down, so everything is scaled to the
+    duration of the plain call.
+    """
+    plain, alone = time_alone(denoiser, call, repeats)
+    total = dict.fromkeys(alone, 0.0)
+    for name, taken in alone.items():
+        for block in _with_ancestors(name):
+            total[block] = total.get(block, 0.0) + taken
+    scale = plain / total[""]
+    return plain, {name: taken * scale for name, taken in total.items()}
+
+
+@torch.inference_mode()
+def time_alone(denoiser: nn.Module, call: Call, repeats: int) -> tuple[float, dict[str, float]]:
+    """Milliseconds of the plain call, and those that each module spends by itself in a call that is watched: medians.
+
+    A module's own time is without the modules that it calls. Watching costs time, so the parts add up to more than the plain
+    call.
     """
     device = device_of(denoiser)
     call.run(denoiser)
@@ -52,13 +67,8 @@ def time_modules(denoiser: nn.Module, call: Call, repeats: int) -> tuple[float, 
     with clock.running(denoiser):
         for _ in range(repeats + 1):
             call.run(denoiser)
-    alone = {name: statistics.median(taken[1:]) for name, taken in clock.alone.items() if len(taken) > 1}
-    total = dict.fromkeys(alone, 0.0)
-    for name, taken in alone.items():
-        for block in _with_ancestors(name):
-            total[block] = total.get(block, 0.0) + taken
-    scale = plain / total[""]
-    return plain * 1e3, {name: taken * scale * 1e3 for name, taken in total.items()}
+    alone = {name: statistics.median(taken[1:]) * 1e3 for name, taken in clock.alone.items() if len(taken) > 1}
+    return plain * 1e3, alone
 
 
 def _with_ancestors(name: str) -> list[str]:

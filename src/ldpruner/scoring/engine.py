@@ -83,6 +83,7 @@ def score(
         raise RunError(f"samples={probe.samples}: a standard deviation over samples needs 2 or more.")
     for name in replacements or ():
         REPLACEMENTS[name]
+    probe = pipeline.completed(probe)
     header: dict[str, Any] = {
         "schema": SCHEMA,
         "source": pipeline.source,

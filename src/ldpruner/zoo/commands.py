@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
 from ldpruner.errors import UnknownNameError, suggest
 
-NAMES = ("fashion",)
+NAMES = ("fashion", "emoji", "digits")
 
 
 def train(name: str, *, data: Path, out: Path, work: Path, reduced: bool = False) -> dict[str, Any]:
@@ -17,6 +18,7 @@ def train(name: str, *, data: Path, out: Path, work: Path, reduced: bool = False
     """
     if name not in NAMES:
         raise UnknownNameError(f"zoo pipeline {name!r} is unknown: {suggest(name, NAMES)}")
-    from ldpruner.zoo import fashion_recipe
-
-    return fashion_recipe.make(data, out, work, fashion_recipe.REDUCED if reduced else fashion_recipe.FashionRecipe())
+    module = importlib.import_module(f"ldpruner.zoo.{name}_recipe")
+    recipe = module.REDUCED if reduced else getattr(module, f"{name.capitalize()}Recipe")()
+    figures: dict[str, Any] = module.make(data, out, work, recipe)
+    return figures

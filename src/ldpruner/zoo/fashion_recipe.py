@@ -11,24 +11,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler, LDMPipeline, UNet2DModel, VQModel
+from diffusers import LDMPipeline, UNet2DModel, VQModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ldpruner.benchmarking import environment
-from ldpruner.evaluation.frechet import frechet_distance
+from ldpruner.evaluation.judges import PictureClassifier, accuracy, load_judge, load_reference, save_judge, save_reference
 from ldpruner.files import staged_folder, write_json, write_text
-from ldpruner.operators import discover
 from ldpruner.pipelines import load
 from ldpruner.probes import Probe
 from ldpruner.reporting import grid
+from ldpruner.zoo.autoencoders import floats
 from ldpruner.zoo.data import Pictures, load_pictures
-from ldpruner.zoo.judges import GreyClassifier, accuracy, judge_features, load_judge, save_judge
-from ldpruner.zoo.training import Training, train
+from ldpruner.zoo.denoisers import new_scheduler, velocity_error
+from ldpruner.zoo.measuring import Shown, card, measure, network_facts, seen_by, weight_bytes
+from ldpruner.zoo.training import Training, draw, train
+
+CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,20 +84,6 @@ def new_denoiser() -> UNet2DModel:
     )
 
 
-def new_scheduler() -> DDIMScheduler:
-    """Deterministic sampling in few steps: zero terminal signal and trailing steps (Lin et al., arXiv 2305.08891)."""
-    return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        clip_sample=False,
-        set_alpha_to_one=False,
-    )
-
-
 def train_autoencoder(pictures: Pictures, recipe: FashionRecipe, folder: Path) -> VQModel:
     """Learn to squeeze pictures into latents; the codebook starts from latents of the data, so that no code lies idle."""
     training = recipe.autoencoder
@@ -104,7 +91,7 @@ def train_autoencoder(pictures: Pictures, recipe: FashionRecipe, folder: Path) -
 
     def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         assert isinstance(module, VQModel)
-        images = pictures.floats(_draw(len(pictures.images), training.batch_size, generator))
+        images = pictures.floats(draw(len(pictures.images), training.batch_size, generator))
         latents = module.encode(images).latents
         if step == quantize_from:
             _fill_codebook(module, pictures, generator)
@@ -123,9 +110,9 @@ def train_autoencoder(pictures: Pictures, recipe: FashionRecipe, folder: Path) -
 @torch.no_grad()
 def _fill_codebook(autoencoder: VQModel, pictures: Pictures, generator: torch.Generator) -> None:
     codes = autoencoder.quantize.embedding.weight
-    images = pictures.floats(_draw(len(pictures.images), 512, generator))
+    images = pictures.floats(draw(len(pictures.images), 512, generator))
     vectors = encode(autoencoder, images).permute(0, 2, 3, 1).reshape(-1, codes.shape[1])
-    codes.copy_(vectors[_draw(len(vectors), len(codes), generator)])
+    codes.copy_(vectors[draw(len(vectors), len(codes), generator)])
 
 
 @torch.no_grad()
@@ -144,15 +131,12 @@ def training_latents(autoencoder: VQModel, pictures: Pictures, path: Path) -> Te
 
 
 def train_denoiser(latents: Tensor, training: Training, folder: Path) -> UNet2DModel:
-    """Learn to predict the velocity v = sqrt(abar) noise - sqrt(1 - abar) latents at uniformly drawn timesteps."""
+    """Learn to predict the velocity of noisy latents."""
     scheduler = new_scheduler()
 
     def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
-        clean = latents[_draw(len(latents), training.batch_size, generator)]
-        noise = torch.randn(clean.shape, generator=generator)
-        timesteps = torch.randint(0, 1000, (len(clean),), generator=generator)
-        predicted = module(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
-        return F.mse_loss(predicted, scheduler.get_velocity(clean, noise, timesteps))
+        clean = latents[draw(len(latents), training.batch_size, generator)]
+        return velocity_error(lambda noisy, times: module(noisy, times).sample, clean, scheduler, generator)
 
     torch.manual_seed(training.seed)
     denoiser = train(new_denoiser(), loss, training, folder)
@@ -160,23 +144,19 @@ def train_denoiser(latents: Tensor, training: Training, folder: Path) -> UNet2DM
     return denoiser
 
 
-def train_judge(pictures: Pictures, training: Training, folder: Path) -> GreyClassifier:
+def train_judge(pictures: Pictures, training: Training, folder: Path) -> PictureClassifier:
     """Learn to tell the classes apart, from pictures shifted by up to 2 pixels."""
 
     def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
-        rows = _draw(len(pictures.images), training.batch_size, generator)
+        rows = draw(len(pictures.images), training.batch_size, generator)
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
         images = pictures.floats(rows).roll(shift, (2, 3))
         return F.cross_entropy(module(images), pictures.labels[rows], label_smoothing=0.05)
 
     torch.manual_seed(training.seed)
-    judge = train(GreyClassifier(int(pictures.labels.max()) + 1), loss, training, folder)
-    assert isinstance(judge, GreyClassifier)
+    judge = train(PictureClassifier(classes=CLASSES), loss, training, folder)
+    assert isinstance(judge, PictureClassifier)
     return judge
-
-
-def _draw(count: int, size: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, count, (size,), generator=generator)
 
 
 def make(data: Path, out: Path, work: Path, recipe: FashionRecipe) -> dict[str, Any]:
@@ -191,102 +171,66 @@ def make(data: Path, out: Path, work: Path, recipe: FashionRecipe) -> dict[str, 
     judge = train_judge(pictures, recipe.judge, work / "judge")
     with staged_folder(out) as scratch:
         LDMPipeline(vqvae=autoencoder.half(), unet=denoiser.half(), scheduler=new_scheduler()).save_pretrained(scratch)
-        save_judge(judge, scratch / "judge" / "judge.safetensors")
-        figures = measure(scratch, pictures, unseen, recipe)
+        save_judge(judge, scratch / "judge")
+        reference = seen_by(load_judge(scratch / "judge"), Shown(pictures=unseen.images[: recipe.judged_samples]))
+        save_reference(reference, scratch / "judge")
+        figures = measured(scratch, pictures, unseen, recipe, work / "cache")
         write_json(scratch / "figures.json", figures)
-        write_text(scratch / "README.md", card(figures))
+        write_text(scratch / "README.md", card_of(figures))
     return figures
 
 
-@torch.inference_mode()
-def measure(folder: Path, pictures: Pictures, unseen: Pictures, recipe: FashionRecipe) -> dict[str, Any]:
+def measured(folder: Path, pictures: Pictures, unseen: Pictures, recipe: FashionRecipe, cache: Path) -> dict[str, Any]:
     """The judge's figures on a pipeline folder as it was saved, and a sheet of samples beside it.
 
-    Fréchet distances are to the test pictures, in the judge's 128 features: of samples, of the autoencoder's
-    reconstructions of as many test pictures, and of as many training pictures, which is the floor.
+    The reference is test pictures. Beside the samples: training pictures (the floor), and their reconstructions.
     """
-    judge = load_judge(folder / "judge" / "judge.safetensors")
-    pipeline = load(folder)
-    real = judge_features(judge, (unseen.floats(rows) for rows in torch.split(torch.arange(len(unseen.images)), 500)))
+    pipeline, judge, reference = load(folder), load_judge(folder / "judge"), load_reference(folder / "judge")
     probe = Probe(samples=recipe.judged_samples, num_inference_steps=recipe.judged_steps, seed=1000)
-    generated = pipeline.images(probe, batch_size=100)
-    grid([generated[first : first + 16] for first in range(0, min(64, len(generated)), 16)], side=48).save(folder / "samples.png")
-    samples = torch.from_numpy(np.stack([np.asarray(picture.convert("L")) for picture in generated])).unsqueeze(1)
-    compared = {
-        "samples": Pictures(images=samples, labels=torch.zeros(len(samples))).floats(),
-        "reconstructions": reconstruct(pipeline.pipe.vqvae, unseen.floats(slice(0, len(samples)))),
-        "training pictures": pictures.floats(slice(0, len(samples))),
+    others = pictures.images[: recipe.judged_samples]
+    columns = {
+        "training pictures": Shown(pictures=others),
+        "their reconstructions": Shown(pictures=reconstruct(pipeline.pipe.vqvae, others)),
     }
-    features = {name: judge_features(judge, iter(torch.split(images, 250))) for name, images in compared.items()}
-    classes = judge(compared["samples"]).argmax(1).bincount(minlength=10)
-    return {
-        "judge_accuracy": accuracy(judge, unseen.floats(), unseen.labels),
-        "frechet": {name: frechet_distance(real, found) for name, found in features.items()},
-        "classes_of_samples": classes.tolist(),
-        "samples": len(samples),
-        "num_inference_steps": recipe.judged_steps,
-        "test_pictures": len(unseen.images),
-        "operators": len(
-            [o for o in discover(pipeline.denoiser, pipeline.call(probe), timing_repeats=0).operators if o.candidates]
-        ),
-        "params": {name: sum(p.numel() for p in getattr(pipeline.pipe, name).parameters()) for name in ("vqvae", "unet")},
-        "bytes": sum(path.stat().st_size for path in folder.rglob("*.safetensors")),
-        "recipe": asdict(recipe),
-        "environment": environment(pipeline.denoiser),
-    }
+    figures = measure(pipeline, judge, reference, columns, probe, cache)
+    probabilities = seen_by(judge, Shown(pictures=unseen.images))["probabilities"]
+    figures["judge"] = {"accuracy": accuracy(probabilities, unseen.labels), "held_out": len(unseen.images)}
+    shown = pipeline.images(Probe(samples=64, num_inference_steps=recipe.judged_steps, seed=1000))
+    grid([shown[first : first + 16] for first in range(0, 64, 16)], side=48).save(folder / "samples.png")
+    return figures | weight_bytes(folder) | {"recipe": asdict(recipe)}
 
 
 @torch.inference_mode()
 def reconstruct(autoencoder: VQModel, images: Tensor) -> Tensor:
-    """Pictures through the encoder and the decoder, `(n, 1, 32, 32)` in [-1, 1]."""
-    return torch.cat([autoencoder(part).sample.clamp(-1, 1) for part in torch.split(images, 250)])
+    """uint8 pictures through the encoder and the decoder, uint8 again."""
+    parts = [autoencoder(floats(part)).sample for part in torch.split(images, 250)]
+    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
-def card(figures: dict[str, Any]) -> str:
+def card_of(figures: dict[str, Any]) -> str:
     """The model card, every figure of it from the measurement."""
-    distance, recipe = figures["frechet"], figures["recipe"]
-    steps = ", ".join(
-        f"{name} {recipe[name]['steps']} x {recipe[name]['batch_size']}" for name in ("autoencoder", "denoiser", "judge")
+    judge = figures["judge"]
+    return card(
+        title="zoo:fashion",
+        licence="apache-2.0",
+        pipeline_tag="unconditional-image-generation",
+        intro=(
+            "Unconditional latent diffusion of grey 32x32 garments, small enough to train and prune on a laptop's CPU. It is a "
+            "stand-in for the large models that ldpruner is made for, not a model to use for its pictures."
+        ),
+        facts={
+            "pipeline": "diffusers `LDMPipeline`",
+            "autoencoder": "`VQModel`, 32x32x1 pictures to 8x8x4 latents, 2048 codes",
+            "denoiser": "`UNet2DModel`, self-attention at 8x8 and 4x4",
+            "scheduler": "`DDIMScheduler`, v-prediction",
+            **network_facts(figures, ("autoencoder", "denoiser", "judge")),
+            "data": "Fashion-MNIST (Zalando Research, MIT licence), 60,000 training pictures with a border of 2 pixels",
+            "command": "`ldpruner zoo train fashion --data DIR --out fashion`",
+        },
+        quality=(
+            f"The judge (`judge/`) is a classifier of the ten kinds of garment, with {judge['accuracy'] * 100:.2f} % accuracy on "
+            f"{judge['held_out']:,} test pictures. The reference is the first {figures['counts']['reference']:,} of these; "
+            "the floor is training pictures against it."
+        ),
+        figures=figures,
     )
-    where = ", ".join(f"{key} {value}" for key, value in figures["environment"].items())
-    return f"""---
-library_name: diffusers
-license: apache-2.0
-pipeline_tag: unconditional-image-generation
----
-# zoo:fashion
-
-Unconditional latent diffusion of grey 32x32 garments, small enough to train and prune on a laptop's CPU. It is a
-stand-in for the large models that ldpruner is made for, not a model to use for its pictures.
-
-![samples](samples.png)
-
-| | |
-|---|---|
-| pipeline | diffusers `LDMPipeline` |
-| autoencoder | `VQModel`, 32x32x1 pictures to 8x8x4 latents, 2048 codes |
-| denoiser | `UNet2DModel`, self-attention at 8x8 and 4x4 |
-| scheduler | `DDIMScheduler`, v-prediction |
-| parameters | autoencoder {figures["params"]["vqvae"]:,}, denoiser {figures["params"]["unet"]:,} |
-| removable operators | {figures["operators"]} |
-| weights | {figures["bytes"] / 1e6:.1f} MB, float16 safetensors, the judge included |
-| data | Fashion-MNIST (Zalando Research, MIT licence), 60,000 training pictures with a border of 2 pixels |
-| steps x batch | {steps} |
-| command | `ldpruner zoo train fashion --data DIR --out fashion` |
-
-## Quality
-
-The judge is a classifier of the same data (`judge/`), with {figures["judge_accuracy"] * 100:.2f} % accuracy on the test pictures.
-Fréchet distance to the {figures["test_pictures"]:,} test pictures, in its 128 features, of {figures["samples"]:,} each:
-
-| | Fréchet distance |
-|---|---|
-| samples, {figures["num_inference_steps"]} steps | {distance["samples"]:.3f} |
-| reconstructions by the autoencoder | {distance["reconstructions"]:.3f} |
-| training pictures (the floor) | {distance["training pictures"]:.3f} |
-
-Samples by the judge's class: {figures["classes_of_samples"]}. These distances compare with each other only, not with FID in
-Inception's features.
-
-Measured by the same command that trains ({where}).
-"""

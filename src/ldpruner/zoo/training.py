@@ -125,3 +125,8 @@ def _cut_log(log: Path, step: int) -> None:
     lines = log.read_text(encoding="utf-8").splitlines(keepends=True) if log.exists() else []
     kept = [line for line, entry in zip(lines, read_json_lines(log), strict=False) if entry["step"] <= step]
     write_text(log, "".join(kept))
+
+
+def draw(count: int, size: int, generator: torch.Generator) -> Tensor:
+    """`size` row numbers below `count`, with repeats."""
+    return torch.randint(0, count, (size,), generator=generator)
