@@ -332,7 +332,8 @@ def test_a_run_below_a_file(refused: Refused) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "changed", "what"), [("sd", (), "weights"), ("ldm", ("--seed", "7"), "probe"), ("ldm", ("--samples", "4"), "probe")]
+    ("model", "changed", "what"),
+    [("sd", (), "weights and probe"), ("ldm", ("--seed", "7"), "probe"), ("ldm", ("--samples", "4"), "probe")],
 )
 def test_a_run_of_something_else(model: str, changed: tuple[str, ...], what: str, refused: Refused) -> None:
     message = refused("prune", model, *BUDGET, "--out", "out", "--run", "run", *PROBING, *changed)

@@ -21,7 +21,8 @@ from ldpruner.probes import Probe
 
 if TYPE_CHECKING:
     from ldpruner.artifacts import save
-    from ldpruner.benchmarking import compare_calls
+    from ldpruner.benchmarking import benchmark, compare_calls
+    from ldpruner.evaluation import Evaluation, FeatureNet, evaluate
     from ldpruner.operators import discover
     from ldpruner.pipelines import Pipeline, load
     from ldpruner.planning import plan
@@ -32,12 +33,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Evaluation": "evaluation",
+    "FeatureNet": "evaluation",
     "Pipeline": "pipelines",
     "Pruned": "workflow",
     "Run": "scoring",
     "apply": "workflow",
+    "benchmark": "benchmarking",
     "compare_calls": "benchmarking",
     "discover": "operators",
+    "evaluate": "evaluation",
     "load": "pipelines",
     "plan": "planning",
     "prune": "workflow",
@@ -50,6 +55,8 @@ _LAZY = {
 __all__ = [
     "Budget",
     "Edit",
+    "Evaluation",
+    "FeatureNet",
     "LDPrunerError",
     "Pipeline",
     "Plan",
@@ -57,8 +64,10 @@ __all__ = [
     "Pruned",
     "Run",
     "apply",
+    "benchmark",
     "compare_calls",
     "discover",
+    "evaluate",
     "load",
     "plan",
     "prune",

@@ -16,11 +16,12 @@ from ldpruner.environment import environment, peak_since_reset, reset_peak, resi
 from ldpruner.errors import PipelineError
 from ldpruner.operators.timing import device_of, seconds, time_alone
 from ldpruner.operators.tracing import Call, count_macs
-from ldpruner.pipelines import Pipeline, locate
+from ldpruner.pipelines import Model, Pipeline, as_pipeline, locate
 from ldpruner.probes import Probe
 from ldpruner.record import Measurement
 
 Switch = Callable[[], Any]
+PROBE = Probe(samples=1, num_inference_steps=20)
 WEIGHTS = (".safetensors", ".bin", ".msgpack", ".ckpt", ".pt", ".pth")
 
 
@@ -57,15 +58,16 @@ def compare_calls(first: nn.Module, second: nn.Module, call: Call, *, rounds: in
     return alternate(_caller(first, call), _caller(second, call), device_of(first), rounds=rounds, how=how)
 
 
-def benchmark(first: Pipeline, second: Pipeline | None = None, *, probe: Probe, rounds: int) -> dict[str, Any]:
+def benchmark(model: Model, against: Model | None = None, *, probe: Probe = PROBE, rounds: int = 31) -> dict[str, Any]:
     """Size, speed and memory of one pipeline, or of two that take turns in one run, as JSON.
 
     `times` holds the denoiser's call, a whole generation of the probe's samples (decoded), and apart from it the decoder and
-    the text encoders, where the pipeline has them; a ratio is second to first, with a 95 % interval of its median. `memory`
+    the text encoders, where the pipeline has them; a ratio is `against` to `model`, with a 95 % interval of its median. `memory`
     is what a generation takes above what the process held before it. `operators` are the times of each module by itself
     in one denoiser call. MACs are those of one call for one sample, bytes are those of weights.
     """
-    pipelines = [first, second] if second else [first]
+    pipelines = [as_pipeline(each) for each in (model, against) if each is not None]
+    first = pipelines[0]
     stages = [_stages(pipeline, pipeline.completed(probe)) for pipeline in pipelines]
     device, calls = device_of(first.denoiser), [each.call for each in stages]
     times = {

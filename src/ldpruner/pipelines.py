@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import diffusers
 import numpy as np
@@ -121,7 +121,7 @@ class Pipeline:
         for rows in _batches(probe.samples, batch_size or probe.samples, first):
             last: list[Tensor] = []
             with self._watched_steps(last), self._without_vocoder():
-                images = self._generate(probe, rows).images
+                images = self._pictures(probe, rows)
             yield Generated(latents=last[0].float().cpu(), pictures=torch.stack([_as_tensor(image) for image in images]))
 
     def images(self, probe: Probe, *, batch_size: int | None = None) -> list[Image.Image]:
@@ -129,7 +129,14 @@ class Pipeline:
         pictures: list[Image.Image] = []
         for rows in _batches(probe.samples, batch_size or probe.samples):
             with self._without_vocoder():
-                pictures += self._generate(probe, rows).images
+                pictures += self._pictures(probe, rows)
+        return pictures
+
+    def _pictures(self, probe: Probe, rows: range) -> list[Image.Image]:
+        output = self._generate(probe, rows)
+        if not hasattr(output, "images"):
+            raise PipelineError(f"{self.source}: {type(self.pipe).__name__} gives no pictures, nor spectrograms as pictures.")
+        pictures: list[Image.Image] = output.images
         return pictures
 
     def sound(self, spectrogram: Image.Image | Tensor) -> tuple[Wave, int]:
@@ -246,7 +253,10 @@ def _shipped_prompts(source: str) -> tuple[str, ...]:
     return read_prompts(beside if beside.is_file() else Path(__file__).with_name(PROMPTS))
 
 
-def as_pipeline(model: str | os.PathLike[str] | DiffusionPipeline | Pipeline) -> Pipeline:
+Model: TypeAlias = str | os.PathLike[str] | DiffusionPipeline | Pipeline
+
+
+def as_pipeline(model: Model) -> Pipeline:
     """A handle on whatever names or is a pipeline; strings and paths are loaded with the defaults of `load`."""
     if isinstance(model, Pipeline):
         return model

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from scipy.io import wavfile
-from scipy.signal import resample_poly
 
 from ldpruner.errors import DataError
 
@@ -65,6 +64,8 @@ def resampled(wave: Wave, rate: int, wanted: int) -> Wave:
     """The wave at another sample rate in Hz."""
     if rate == wanted:
         return wave
+    from scipy.signal import resample_poly  # takes half a second to import
+
     divisor = np.gcd(rate, wanted)
     changed: Wave = resample_poly(wave, wanted // divisor, rate // divisor).astype(np.float32)
     return changed

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from diffusers import DiffusionPipeline
 from torch import nn
@@ -19,7 +19,7 @@ from ldpruner.environment import environment
 from ldpruner.errors import PlanError
 from ldpruner.fitting import fit_pointwise, pointwise_wanted
 from ldpruner.operators.tracing import architecture, count_macs
-from ldpruner.pipelines import Pipeline, as_pipeline
+from ldpruner.pipelines import Model, Pipeline, as_pipeline
 from ldpruner.planning import plan as make_plan
 from ldpruner.planning import pruned_view
 from ldpruner.plans import Plan, parse_budgets
@@ -30,8 +30,6 @@ from ldpruner.scoring.latent import latent_shift
 from ldpruner.selection import RANKINGS
 
 log = logging.getLogger(__name__)
-
-Model: TypeAlias = str | os.PathLike[str] | DiffusionPipeline | Pipeline
 
 
 @dataclass(frozen=True, kw_only=True)

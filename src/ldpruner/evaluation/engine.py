@@ -20,12 +20,13 @@ from ldpruner.evaluation.features import FEATURE_NETS, FeatureNet, cache_folder
 from ldpruner.evaluation.kept import Samples
 from ldpruner.evaluation.streams import Watch, generated_shape, paired, reference_streams, sample_streams
 from ldpruner.operators.timing import device_of
-from ldpruner.pipelines import Pipeline, locate
+from ldpruner.pipelines import Model, Pipeline, as_pipeline, locate
 from ldpruner.probes import Probe
 
 Features = str | nn.Module | FeatureNet
 
 BY_NETS = {"features", "probabilities", "embeddings"}
+PROBE = Probe(samples=500, num_inference_steps=20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,10 +78,10 @@ class Evaluation:
 
 
 def evaluate(
-    pipeline: Pipeline,
-    original: Pipeline | None = None,
+    model: Model,
+    against: Model | None = None,
     *,
-    probe: Probe,
+    probe: Probe = PROBE,
     metrics: Sequence[str] | None = None,
     features: Sequence[Features] | None = None,
     reference: Path | str | None = None,
@@ -88,7 +89,7 @@ def evaluate(
     cache: Path | None = None,
     watch: Watch | None = None,
 ) -> Evaluation:
-    """Measure a pipeline's samples; with `original`, that one's too, and how far the two are apart for the same seeds.
+    """Measure a pipeline's samples; with `against`, the original, that one's too, and how far the two are apart seed by seed.
 
     `features` are names with an optional place (`inception=FILE`, `clip=FOLDER`, `judge=zoo:emoji`), networks, or
     `FeatureNet`s; by default the judge of the zoo pipeline that the model is, or was pruned from. `reference` is a folder
@@ -97,6 +98,7 @@ def evaluate(
     `cache` and found again. Raises `DataError` where a metric that was asked for lacks something, and names it.
     """
     asked = _asked(metrics)
+    pipeline, original = as_pipeline(model), as_pipeline(against) if against is not None else None
     keep, clock = cache or cache_folder(), _Clock()
     looking = _nets(pipeline, original, features, asked)
     made = [Samples.of(each, probe, batch_size=batch_size, cache=keep) for each in (pipeline, original) if each]

@@ -112,7 +112,8 @@ class CaptionJudge(Judge):
         """Captions as word numbers `(n, words of the longest)`."""
         numbers = [[self.words[word] for word in words_of(caption) if word in self.words] for caption in captions]
         width = max([1, *map(len, numbers)])
-        return torch.tensor([row + [0] * (width - len(row)) for row in numbers], dtype=torch.long)
+        padded = [row + [0] * (width - len(row)) for row in numbers]
+        return torch.tensor(padded, dtype=torch.long, device=self.vectors.weight.device)
 
     def label(self, caption: str) -> int | None:
         """The class that a caption asks for, None where it asks for none: `red apple, google style` names `google`."""

@@ -6,7 +6,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class Samples:
 
     def _part(self, rows: range) -> Seen:
         def make() -> Seen:
-            some = Probe(**{**vars(self.probe), "samples": rows.stop})
+            some = replace(self.probe, samples=rows.stop)
             made = next(self.pipeline.generations(some, batch_size=len(rows), first=rows.start))
             return {"latents": made.latents, "pictures": made.pictures}
 
