@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ from ldpruner.environment import environment
 from ldpruner.evaluation import METRICS, Evaluation, evaluate
 from ldpruner.files import write_json, write_text
 from ldpruner.pipelines import Pipeline, locate
-from ldpruner.reporting import grid, percent, upright_spectrogram
+from ldpruner.reporting import environment_line, estimate, grid, percent, upright_spectrogram
 from ldpruner.sound import write_wav
 
 NAMES = ("fashion", "emoji", "digits")
@@ -41,7 +42,8 @@ PROMPTS = tuple(
 
 def main() -> None:
     options = arguments()
-    settings = {"samples": options.samples, "num_inference_steps": options.steps, "score_samples": options.score_samples}
+    names = ("samples", "steps", "score_samples", "score_steps", "budgets")
+    settings = {name: getattr(options, name) for name in names}
     before = options.out / "zoo.json"
     kept = json.loads(before.read_text(encoding="utf-8")) if before.exists() else {}
     found = dict(kept["models"]) if kept.get("settings") == settings else {}
@@ -74,7 +76,7 @@ def ladder(name: str, options: argparse.Namespace) -> dict[str, Any]:
             {"budget": budget, "edits": [asdict(edit) for edit in pruned.plan.edits], **pruned.summary()} | of(measured, 0)
         )
         rows.append(smaller.images(look))
-        base = of(measured, 1)
+    base = of(measured, 1)
     show(original, rows, ["original", *options.budgets], name, options.out)
     return {"original": base, "pruned": rungs, "environment": environment(original.denoiser)}
 
@@ -82,7 +84,8 @@ def ladder(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def of(measured: Evaluation, place: int) -> dict[str, Any]:
     """The figures of one of the models, and what measuring both of them cost."""
     figures = {figure.metric: {"value": figure.value, "error": figure.error} for figure in measured.figures[place]}
-    return {"figures": figures, "seconds": measured.seconds, "peak_bytes": measured.peak_bytes}
+    cost = {"seconds": measured.seconds, "generated": measured.generated, "peak_bytes": measured.peak_bytes}
+    return {"figures": figures, **cost}
 
 
 def show(pipeline: Pipeline, rows: Sequence[list[Image.Image]], labels: list[str], name: str, out: Path) -> None:
@@ -124,15 +127,19 @@ def cards(names: Sequence[str]) -> str:
     row("weights, MB", [f"{each['bytes'] / 1e6:.1f}" for each in every])
     row("judge, MB", [f"{each['judge_bytes'] / 1e6:.1f}" for each in every])
     for name, metric in METRICS.items():
-        for column, title in (("samples", "samples"), (None, "real data")):
-            cells = []
+        for samples in (True, False):
+            title, cells = "samples" if samples else "real data", []
             for each in every:
-                floor = next(key for key in each["figures"] if key not in ("samples", "their reconstructions"))
-                found = each["figures"][column or floor].get(name)
+                found = each["figures"]["samples" if samples else floor_of(each["figures"])].get(name)
                 cells.append(f"{found['value']:.4f}" if found else "")
             if any(cells):
                 row(f"{metric.title}, {title}", cells)
     return "\n".join(lines) + "\n"
+
+
+def floor_of(figures: dict[str, Any]) -> str:
+    """The column of a card that holds real data."""
+    return next(column for column in figures if column not in ("samples", "as many samples", "their reconstructions"))
 
 
 def section(name: str, found: dict[str, Any], page: dict[str, Any]) -> str:
@@ -151,20 +158,18 @@ def section(name: str, found: dict[str, Any], page: dict[str, Any]) -> str:
             lines.append(f"| {described.title} {arrow} | " + " | ".join(cells) + " |")
     last, settings = rungs[-1], page["settings"]
     spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in last["seconds"].items())
-    where = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
-    lines.append(
-        f"\n{settings['samples']:,} samples of each, {settings['num_inference_steps']} steps, nothing done to recover; "
-        f"operators\nwere scored with {settings['score_samples']} samples. Measuring the last of them took: {spent}; "
-        f"the process held\n{last['peak_bytes'] / 1e6:.0f} MB at most.\n{where}.\n"
+    how = (
+        f"{settings['samples']:,} samples of each, {settings['steps']} steps, nothing done to recover; operators were scored with "
+        f"{settings['score_samples']} samples in {settings['score_steps']} steps. Measuring the last of them took: {spent} "
+        f"({last['generated']:,} samples generated, the others from the cache); the process held "
+        f"{(last['peak_bytes'] or 0) / 1e6:.0f} MB at most. {environment_line(found['environment'])}."
     )
+    lines.append("\n" + textwrap.fill(how, 132, break_long_words=False, break_on_hyphens=False) + "\n")
     return "\n".join(lines)
 
 
-def cell(estimate: dict[str, float | None] | None) -> str:
-    if estimate is None:
-        return ""
-    error = f" ± {estimate['error']:.2g}" if estimate["error"] is not None else ""
-    return f"{estimate['value']:.4g}{error}"
+def cell(found: dict[str, float | None] | None) -> str:
+    return "" if found is None or found["value"] is None else estimate(found["value"], found["error"])
 
 
 def arguments() -> argparse.Namespace:

@@ -50,7 +50,7 @@ def main() -> None:
     pruned.save_pretrained(out / "pruned")
     print(reporting.printed(reporting.comparison_table(pruned.record())))
 
-    look = ldpruner.Probe(samples=8, num_inference_steps=20)
+    look = original.completed(ldpruner.Probe(samples=8, num_inference_steps=20))
     rows = {"original": original.images(look), "pruned": reloaded(out / "pruned").images(look)}
     print(f"4. Same seeds, original above pruned, no fine-tuning: {show(original, rows, out)}\n")
     print("Load it anywhere with plain diffusers, nothing else to install:\n")

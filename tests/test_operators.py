@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from conftest import PROBE
 from ldpruner import discover
-from ldpruner.operators import Call, meta_copy
+from ldpruner.operators import Call, meta_copy, timing
 from ldpruner.operators.tracing import architecture, count_macs, trace, weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Operators
@@ -238,3 +239,18 @@ def test_an_unknown_operator_raises_with_the_nearest_names() -> None:
 def test_an_unknown_replacement_raises_with_the_nearest_names() -> None:
     with pytest.raises(LookupError, match=r"replacement 'identiy' is unknown: did you mean identity\?"):
         REPLACEMENTS["identiy"]
+
+
+def test_a_module_that_is_called_three_times_is_timed_for_all_three(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Thrice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.once, self.thrice, self.never = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.thrice(self.thrice(self.thrice(self.once(inputs))))
+
+    ticks = itertools.count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))  # a module that calls none takes one tick
+    _, alone = timing.time_alone(Thrice(), Call((torch.zeros(1, 2),), {}), repeats=3)
+    assert alone == {"": 5000, "once": 1000, "thrice": 3000}

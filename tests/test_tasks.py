@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,10 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from scipy.io import wavfile
+from torch import nn
 
 from conftest import PROBE, Command, tiny_audio, tiny_ldm, tiny_stable_diffusion
-from ldpruner import Probe, load, score
+from ldpruner import Probe, benchmarking, load, plan, prune, score
 from ldpruner.evaluation.judges import PictureClassifier, save_judge, save_reference
 from ldpruner.pipelines import Pipeline
 from ldpruner.scoring import Run
@@ -81,6 +84,29 @@ def test_score_plan_prune_save_load_sample_evaluate_and_benchmark(
     assert ("vocoder" in timed["times"]) == (name == "audio")
 
 
+def test_a_ratio_is_the_model_s_to_the_one_it_is_held_against(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, against = load(models["ldm"]), load(models["ldm"])
+    ran: list[nn.Module] = []
+    for pipeline, times in ((model, 3), (against, 1)):
+        forward = pipeline.denoiser.forward
+        pipeline.denoiser.__dict__["forward"] = functools.partial(_counted, forward, ran, pipeline.denoiser, times)
+
+    def counting(run: Callable[[], object], _: torch.device) -> float:
+        ran.clear()
+        run()
+        return float(len(ran) or 1)
+
+    monkeypatch.setattr(benchmarking, "seconds", counting)
+    timed = benchmarking.benchmark(model, against, probe=Probe(samples=1, num_inference_steps=2), rounds=8)["times"]
+    assert timed["denoiser_call"]["ratio"]["value"] == timed["generation"]["ratio"]["value"] == 3
+    assert [reading["value"] for reading in timed["generation"]["models"]] == [6000, 2000]
+
+
+def _counted(forward: Any, ran: list[nn.Module], denoiser: nn.Module, times: int, *args: Any, **kwargs: Any) -> Any:
+    ran += [denoiser] * times
+    return forward(*args, **kwargs)
+
+
 def test_the_benchmark_says_what_was_measured_where_and_how_surely(models: dict[str, Path], command: Command) -> None:
     timed = told(command, "benchmark", models["ldm"], "--against", models["ldm"], "--rounds", "8", "--samples", "2", "--steps", "2")
     for name, entry in timed["times"].items():
@@ -101,6 +127,7 @@ def test_the_benchmark_says_what_was_measured_where_and_how_surely(models: dict[
     for memory in timed["memory"]:
         assert memory["kind"] == "resident"
         assert memory["peak_bytes"] is None or memory["peak_bytes"] > 1e7
+        assert memory["added_bytes"] is None or 0 <= memory["added_bytes"] < memory["peak_bytes"]
     modules = dict(load(models["ldm"]).denoiser.named_modules())
     for times in timed["operators"]:
         assert {row["operator"] for row in times["times"]} <= {*modules, "(the denoiser itself)"}
@@ -124,7 +151,8 @@ def test_the_tables_are_for_people(models: dict[str, Path], command: Command) ->
         assert words in out, words
     code, out, _ = command("evaluate", models["sd"], "-n", "4", "--steps", "1")
     assert code == 0
-    for words in ("Fréchet distance ↓", "Class balance ↑", "judge of sd", "4 to 9", "text-to-image; generating"):
+    told = "text-to-image; generating"
+    for words in ("Fréchet distance ↓", "Class balance ↑", "judge of sd", "4 to 9", told, "4 samples generated"):
         assert words in out, words
 
 
@@ -155,6 +183,9 @@ def test_a_pipeline_that_wants_prompts_and_gets_none_takes_those_that_ship(model
         run = score(pipeline, Probe(samples=2, num_inference_steps=1), replacements=["zero"], out=tmp_path / "run")
         assert run.probe.prompts == ("a red b", "a blue c")
         assert Run.load(tmp_path / "run").probe == run.probe
+        plan(pipeline, run, {"macs": "99%"}).plan.save(tmp_path / "plan.json")
+        prune(pipeline, plan=tmp_path / "plan.json").save_pretrained(tmp_path / "pruned")
+        assert load(tmp_path / "pruned").completed(Probe(samples=5)).prompts == ("a red b", "a blue c"), "they go with the model"
     finally:
         (models["sd"] / "prompts.txt").unlink()
 

@@ -6,17 +6,15 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ldpruner.environment import environment, peak_since_reset, reset_peak, resident_bytes
-from ldpruner.errors import PipelineError
+from ldpruner.environment import environment, peak_since_reset, release_memory, reset_peak, resident_bytes
 from ldpruner.operators.timing import device_of, seconds, time_alone
 from ldpruner.operators.tracing import Call, count_macs
-from ldpruner.pipelines import Model, Pipeline, as_pipeline, locate
+from ldpruner.pipelines import Model, Pipeline, as_pipeline
 from ldpruner.probes import Probe
 from ldpruner.record import Measurement
 
@@ -62,46 +60,44 @@ def benchmark(model: Model, against: Model | None = None, *, probe: Probe = PROB
     """Size, speed and memory of one pipeline, or of two that take turns in one run, as JSON.
 
     `times` holds the denoiser's call, a whole generation of the probe's samples (decoded), and apart from it the decoder and
-    the text encoders, where the pipeline has them; a ratio is `against` to `model`, with a 95 % interval of its median. `memory`
-    is what a generation takes above what the process held before it. `operators` are the times of each module by itself
-    in one denoiser call. MACs are those of one call for one sample, bytes are those of weights.
+    the text encoders, where the pipeline has them; a ratio is `model` to `against`, with a 95 % interval of its median.
+    `memory` is the most that the process held in a generation (with both models, where there are two), and how much of it
+    the generation added. `operators` are the times of each module by itself in one denoiser call. MACs are those of one
+    call for one sample, bytes are those of weights.
     """
     pipelines = [as_pipeline(each) for each in (model, against) if each is not None]
-    first = pipelines[0]
-    stages = [_stages(pipeline, pipeline.completed(probe)) for pipeline in pipelines]
-    device, calls = device_of(first.denoiser), [each.call for each in stages]
-    times = {
-        name: _as_json(
-            alternate(
-                stages[0].runs[name],
-                stages[-1].runs[name],
-                device,
-                rounds=max(2, rounds // 4) if name == "generation" else rounds,
-                how=stages[0].how[name],
-            ),
-            len(pipelines),
-        )
-        for name in stages[0].runs
-        if name in stages[-1].runs
-    }
+    device, complete = device_of(pipelines[0].denoiser), pipelines[-1].completed(probe)
+    stages = [_stages(pipeline, complete) for pipeline in pipelines]
     return {
         "models": [pipeline.source for pipeline in pipelines],
-        "task": first.task,
+        "task": pipelines[0].task,
         "batch": probe.samples,
         "latents": list(stages[0].latents),
         "resolution": list(stages[0].resolution),
         "params": [_params(pipeline.denoiser) for pipeline in pipelines],
-        "macs": [count_macs(pipeline.denoiser, call) for pipeline, call in zip(pipelines, calls, strict=True)],
+        "macs": [count_macs(pipeline.denoiser, each.call) for pipeline, each in zip(pipelines, stages, strict=True)],
         "weights_bytes": [sum(p.nbytes for p in pipeline.denoiser.parameters()) for pipeline in pipelines],
         "file_bytes": [_file_bytes(pipeline) for pipeline in pipelines],
-        "times": times,
         "memory": [_memory(each.runs["generation"], device) for each in stages],
+        "times": {name: _times(name, stages, device, rounds) for name in stages[0].runs if name in stages[-1].runs},
         "operators": [
-            operator_times(pipeline.denoiser, call, repeats=max(3, rounds // 3))
-            for pipeline, call in zip(pipelines, calls, strict=True)
+            operator_times(pipeline.denoiser, each.call, repeats=max(3, rounds // 3))
+            for pipeline, each in zip(pipelines, stages, strict=True)
         ],
-        "environment": environment(first.denoiser),
+        "environment": environment(pipelines[0].denoiser),
     }
+
+
+def _times(name: str, stages: Sequence[_Stages], device: torch.device, rounds: int) -> dict[str, Any]:
+    """Readings of one stage of each model, and their ratio where there are two; generations are fewer, for they take long."""
+    rounds = max(2, rounds // 4) if name == "generation" else rounds
+    how = stages[0].how[name]
+    if len(stages) == 1:
+        seconds(stages[0].runs[name], device)
+        taken = [seconds(stages[0].runs[name], device) * 1e3 for _ in range(rounds)]
+        return {"models": [asdict(Measurement.of(taken, unit="ms", how=how))]}
+    measured = alternate(stages[1].runs[name], stages[0].runs[name], device, rounds=rounds, how=how)
+    return {"models": [asdict(measured.second), asdict(measured.first)], "ratio": asdict(measured.ratio)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,23 +188,26 @@ def operator_times(denoiser: nn.Module, call: Call, *, repeats: int) -> dict[str
 
 
 def _memory(run: Switch, device: torch.device) -> dict[str, Any]:
-    """Bytes that the process holds before a generation, and the most that it holds in it: allocated on CUDA, else resident."""
+    """The most memory that the process holds in a generation, and how much of it the generation adds, in bytes.
+
+    Allocated on CUDA, else resident; None where this system cannot tell.
+    """
     run()
+    release_memory()
     before = torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
     watched = reset_peak(device)
     run()
     peak = peak_since_reset(device) if watched else None
-    return {"kind": "allocated" if device.type == "cuda" else "resident", "before_bytes": before, "peak_bytes": peak}
+    kind = "allocated" if device.type == "cuda" else "resident"
+    return {"kind": kind, "peak_bytes": peak, "added_bytes": None if peak is None else max(0, peak - before)}
 
 
 def _file_bytes(pipeline: Pipeline) -> int | None:
-    """How large the weights of a pipeline's folder are on disk, None where it came from elsewhere."""
-    try:
-        folder = Path(locate(pipeline.source))
-    except PipelineError:
+    """How large the weights of the folder are that a pipeline was loaded from; None where it came from elsewhere."""
+    if pipeline.folder is None:
         return None
-    files = [path for path in folder.rglob("*") if path.suffix in WEIGHTS and "judge" not in path.relative_to(folder).parts]
-    return sum(path.stat().st_size for path in files) or None
+    files = [path for path in pipeline.folder.rglob("*") if path.suffix in WEIGHTS]
+    return sum(path.stat().st_size for path in files if "judge" not in path.relative_to(pipeline.folder).parts) or None
 
 
 def _params(module: nn.Module) -> int:
@@ -217,8 +216,3 @@ def _params(module: nn.Module) -> int:
 
 def _caller(denoiser: nn.Module, call: Call) -> Switch:
     return functools.partial(_quietly, call.run, denoiser)
-
-
-def _as_json(comparison: Comparison, models: int) -> dict[str, Any]:
-    readings = [asdict(comparison.first), asdict(comparison.second)][:models]
-    return {"models": readings} | ({"ratio": asdict(comparison.ratio)} if models > 1 else {})

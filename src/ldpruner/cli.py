@@ -294,9 +294,8 @@ def evaluate(
         _print_json(result.to_json())
         return
     print(reporting.printed(reporting.evaluation_table(result)))
-    spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in result.seconds.items())
-    print(f"{result.task}; {spent}; {reporting.megabytes(result.peak_bytes)} of memory at most.")
-    print(", ".join(f"{key} {value}" for key, value in result.environment.items()))
+    for line in reporting.evaluation_lines(result):
+        print(line)
 
 
 @app.command()
@@ -311,7 +310,7 @@ def evaluate(
 @as_json
 @loading
 def benchmark(model: str, against: str | None, rounds: int, operators: int, as_json: bool, **settings: Any) -> None:
-    """Time a denoiser call, a generation and its parts, and memory; with --against, two models in turn, and their ratio."""
+    """Time a denoiser call, a generation and its parts, and memory; with --against, two models in turn, and MODEL / AGAINST."""
     from ldpruner import benchmarking, reporting
 
     probe = _probe(settings)
@@ -323,11 +322,8 @@ def benchmark(model: str, against: str | None, rounds: int, operators: int, as_j
     print(reporting.printed(reporting.benchmark_table(result)))
     if operators:
         print(reporting.printed(reporting.times_table(result, operators)))
-    for name, times in zip(result["models"], result["operators"], strict=True):
-        print(reporting.times_line(name, times))
-    sizes = ["x".join(map(str, result[name])) for name in ("latents", "resolution")]
-    print(f"{result['task']}, batch {result['batch']}, latents {sizes[0]}, decoded {sizes[1]}")
-    print(", ".join(f"{key} {value}" for key, value in result["environment"].items()))
+    for line in reporting.benchmark_lines(result):
+        print(line)
 
 
 @app.group(no_args_is_help=False)
@@ -348,7 +344,8 @@ def zoo_train(name: str, data: Path, out: Path, work: Path | None, reduced: bool
     from ldpruner.zoo import commands
 
     check_writable(out)
-    figures = commands.train(name, data=data, out=out, work=work or out.with_name(out.name + "-training"), reduced=reduced)
+    place = work or out.with_name(out.name + ("-training-reduced" if reduced else "-training"))
+    figures = commands.train(name, data=data, out=out, work=place, reduced=reduced)
     print(json.dumps(figures, indent=None if as_json else 2))
 
 

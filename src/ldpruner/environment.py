@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import platform
 from importlib import metadata
 from pathlib import Path
@@ -38,6 +41,13 @@ def _processor() -> str:
 def resident_bytes() -> int:
     """Memory of this process that is in use now."""
     return int(psutil.Process().memory_info().rss)
+
+
+def release_memory() -> None:
+    """Give back to the system what was freed, so that it does not count as in use."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # Linux with glibc
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ldpruner.errors import PipelineError, suggest
+from ldpruner.errors import LDPrunerError, PipelineError, suggest
 from ldpruner.files import read_prompts
 from ldpruner.operators.tracing import Call
 from ldpruner.probes import Probe
@@ -53,11 +53,15 @@ class Generated:
 
 
 class Pipeline:
-    """A diffusers pipeline, its denoiser, and how to run it to latents. `source` says where it came from."""
+    """A diffusers pipeline, its denoiser, and how to run it to latents.
 
-    def __init__(self, pipe: DiffusionPipeline, source: str, component: str | None = None) -> None:
+    `source` says where it came from, `folder` where its files are, if it was loaded from some.
+    """
+
+    def __init__(self, pipe: DiffusionPipeline, source: str, component: str | None = None, *, folder: Path | None = None) -> None:
         self.pipe = pipe
         self.source = source
+        self.folder = folder
         self.component = component or _denoiser_name(pipe, source)
         pipe.set_progress_bar_config(disable=True)
 
@@ -88,7 +92,14 @@ class Pipeline:
         """
         if probe.prompts or "prompt" not in self._accepted():
             return probe
-        return replace(probe, prompts=_shipped_prompts(self.source)[: probe.samples])
+        return replace(probe, prompts=read_prompts(self.prompts_file or Path(__file__).with_name(PROMPTS))[: probe.samples])
+
+    @property
+    def prompts_file(self) -> Path | None:
+        """The pipeline's own `prompts.txt`, where its folder has one."""
+        folder = Path(locate(self.source)) if self.source.startswith("zoo:") else self.folder
+        beside = folder / PROMPTS if folder else None
+        return beside if beside and beside.is_file() else None
 
     def _accepted(self) -> set[str]:
         return set(inspect.signature(self.pipe.__call__).parameters)
@@ -112,9 +123,12 @@ class Pipeline:
         last: list[Tensor] = []
         with self._watched_steps(last), self._without_decoder():
             self._generate(probe, rows)
+        self._check_seen(last)
+        return last[0]
+
+    def _check_seen(self, last: list[Tensor]) -> None:
         if not last:
             raise PipelineError(f"{self.source}: {type(self.pipe).__name__} never called its scheduler, so it has no latents.")
-        return last[0]
 
     def generations(self, probe: Probe, *, batch_size: int | None = None, first: int = 0) -> Iterator[Generated]:
         """The probe's generations from sample `first` on, a batch at a time, latents and pictures both."""
@@ -122,6 +136,7 @@ class Pipeline:
             last: list[Tensor] = []
             with self._watched_steps(last), self._without_vocoder():
                 images = self._pictures(probe, rows)
+            self._check_seen(last)
             yield Generated(latents=last[0].float().cpu(), pictures=torch.stack([_as_tensor(image) for image in images]))
 
     def images(self, probe: Probe, *, batch_size: int | None = None) -> list[Image.Image]:
@@ -190,7 +205,9 @@ class Pipeline:
             return self.pipe(**arguments)
         except _SeenEnoughError:
             return None
-        except ValueError as error:  # how pipelines and schedulers refuse what they are asked
+        except LDPrunerError:
+            raise
+        except (ValueError, RuntimeError, TypeError) as error:  # refused, out of memory, or a dtype that it cannot run in
             raise PipelineError(f"{self.source}: {type(self.pipe).__name__} refuses to run ({_one_line(error)}).") from error
 
     @contextmanager
@@ -247,12 +264,6 @@ def _as_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
 
 
-def _shipped_prompts(source: str) -> tuple[str, ...]:
-    folder = _ZOO / source.removeprefix("zoo:") if source.startswith("zoo:") else Path(source)
-    beside = folder / PROMPTS
-    return read_prompts(beside if beside.is_file() else Path(__file__).with_name(PROMPTS))
-
-
 Model: TypeAlias = str | os.PathLike[str] | DiffusionPipeline | Pipeline
 
 
@@ -291,7 +302,7 @@ def load(
         pipe = DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code, **options, **ours)
     except Exception as error:
         raise PipelineError(_explain(str(model), path, error)) from error
-    pipeline = Pipeline(pipe, source=str(model), component=component)
+    pipeline = Pipeline(pipe, source=str(model), component=component, folder=Path(path) if Path(path).is_dir() else None)
     _check_weights(pipeline)
     _move(pipeline, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return pipeline

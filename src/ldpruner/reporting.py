@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from ldpruner.files import staged_folder
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators, Plan
 from ldpruner.record import Measurement
-from ldpruner.sound import write_wav
+from ldpruner.sound import levelled, write_wav
 
 
 def count(value: float) -> str:
@@ -89,22 +89,32 @@ def benchmark_table(result: dict[str, Any]) -> Table:
         table.add_column(model, justify="right", overflow="fold")
     compared = len(result["models"]) > 1
     if compared:
-        table.add_column("second / first (95 %)", justify="right")
+        table.add_column("first / second (95 %)", justify="right")
     for name, (title, shown) in SIZES.items():
         values = result[name]
-        ratio = [percent(values[1] / values[0]) if all(values) else ""] if compared else []
+        ratio = [percent(values[0] / values[1]) if all(values) else ""] if compared else []
         table.add_row(title, *map(shown, values), *ratio)
     for name, measured in result["times"].items():
         readings = [Measurement(**value) for value in measured["models"]]
         ratio = [interval(Measurement(**measured["ratio"]))] if compared else []
         table.add_row(f"{TIMES[name]}: {readings[0].how}", *map(milliseconds, readings), *ratio)
-    memory = result["memory"]
-    rises = [None if each["peak_bytes"] is None else each["peak_bytes"] - each["before_bytes"] for each in memory]
-    table.add_row(
-        f"{memory[0]['kind']} memory before a generation", *(megabytes(each["before_bytes"]) for each in memory), *[""] * compared
-    )
-    table.add_row("most added by it", *map(megabytes, rises), *[""] * compared)
+    for name, title in (("peak_bytes", "in a generation, at most"), ("added_bytes", "of it added by the generation")):
+        sizes = [each[name] for each in result["memory"]]
+        table.add_row(f"{result['memory'][0]['kind']} memory {title}", *map(megabytes, sizes), *[""] * compared)
     return table
+
+
+def benchmark_lines(result: dict[str, Any]) -> list[str]:
+    """What the table of a benchmark does not say: the modules' times, sizes and where it was measured."""
+    lines = [times_line(name, times) for name, times in zip(result["models"], result["operators"], strict=True)]
+    latents, decoded = ("x".join(map(str, result[name])) for name in ("latents", "resolution"))
+    lines.append(f"{result['task']}, batch {result['batch']}, latents {latents}, decoded {decoded}")
+    return [*lines, environment_line(result["environment"])]
+
+
+def environment_line(environment: Mapping[str, Any]) -> str:
+    """Where figures were taken, in one line."""
+    return ", ".join(f"{key} {value}" for key, value in environment.items())
 
 
 def times_table(result: dict[str, Any], limit: int) -> Table:
@@ -136,10 +146,10 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     table.add_column("n", justify="right", no_wrap=True)
     for model in evaluation.models:
         table.add_column(model, justify="right", overflow="fold")
-    cells: dict[tuple[str, str | None], list[Figure | None]] = {}
+    cells: dict[tuple[str, str | None], list[Figure | None]] = {}  # by metric and net
     for place, figures in enumerate(evaluation.figures):
         for figure in figures:
-            cells.setdefault((figure.metric, figure.features), [None] * len(evaluation.models))[place] = figure
+            cells.setdefault((figure.metric, figure.digest), [None] * len(evaluation.models))[place] = figure
     for row in cells.values():
         known = next(figure for figure in row if figure)
         counted = f"{known.samples}" + (f" to {known.reference}" if known.reference else "")
@@ -149,9 +159,24 @@ def evaluation_table(evaluation: Evaluation) -> Table:
 
 
 def _figure(figure: Figure | None) -> str:
-    if figure is None:
-        return ""
-    return f"{figure.value:.4g}" + (f" ± {figure.error:.2g}" if figure.error is not None else "")
+    return "" if figure is None else estimate(figure.value, figure.error)
+
+
+def estimate(value: float, error: float | None) -> str:
+    """A value with its standard error, where there is one: `0.0123 ± 0.0004`."""
+    return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}")
+
+
+def evaluation_lines(evaluation: Evaluation) -> list[str]:
+    """What the table of an evaluation does not say: notes, cost, and where it was measured."""
+    known = {figure.title: figure.note for figures in evaluation.figures for figure in figures if figure.note}
+    spent = ", ".join(f"{what} {seconds:.1f} s" for what, seconds in evaluation.seconds.items())
+    memory = f"; {megabytes(evaluation.peak_bytes)} of memory at most" if evaluation.peak_bytes else ""
+    return [
+        *(f"{title}: {note}." for title, note in known.items()),
+        f"{evaluation.task}; {spent} ({evaluation.generated} samples generated, the others from the cache){memory}.",
+        environment_line(evaluation.environment),
+    ]
 
 
 def operator_table(operators: Operators, limit: int | None = None) -> Table:
@@ -230,7 +255,8 @@ def save_sounds(pipeline: Pipeline, spectrograms: Sequence[Image.Image], out: Pa
     upright = [upright_spectrogram(picture) for picture in spectrograms]
     with staged_folder(out) as scratch:
         for name, picture, shown in zip(names, spectrograms, upright, strict=True):
-            write_wav(scratch / f"{name}.wav", *pipeline.sound(picture))
+            wave, rate = pipeline.sound(picture)
+            write_wav(scratch / f"{name}.wav", levelled(wave), rate)
             shown.save(scratch / f"{name}.png")
         _sheet(upright).save(scratch / "sheet.png")
     return [f"{name}.wav" for name in names]

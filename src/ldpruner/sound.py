@@ -47,10 +47,12 @@ def read_wav(data: bytes, name: str) -> tuple[Wave, int]:
     """A mono wave and its sample rate in Hz, channels averaged. Raises `DataError` where `data` is no WAV file."""
     try:
         rate, raw = wavfile.read(io.BytesIO(data))
-    except ValueError as error:
+    except Exception as error:  # scipy raises whatever a damaged header leads it to
         raise DataError(f"{name}: is no WAV file that can be read ({error}).") from error
-    scale = np.iinfo(raw.dtype).max + 1 if np.issubdtype(raw.dtype, np.integer) else 1
-    wave = raw.astype(np.float32) / scale
+    if raw.dtype == np.uint8:  # the one unsigned format
+        wave = (raw.astype(np.float32) - 128) / 128
+    else:
+        wave = raw.astype(np.float32) / (np.iinfo(raw.dtype).max + 1 if np.issubdtype(raw.dtype, np.integer) else 1)
     return (wave.mean(1) if wave.ndim > 1 else wave), int(rate)
 
 
@@ -58,6 +60,15 @@ def write_wav(path: Path, wave: Wave, sample_rate: int) -> None:
     """Write 16-bit mono, made quieter only where it would clip."""
     loudest = max(1.0, float(np.abs(wave).max(initial=0.0)))
     wavfile.write(path, sample_rate, np.round(wave / loudest * 32767).astype(np.int16))
+
+
+def levelled(wave: Wave, length: int | None = None) -> Wave:
+    """The wave with its loudest sample at 0.9, for spectrograms carry no loudness; cut, or padded with silence, to `length`."""
+    loudest = float(np.abs(wave).max(initial=0.0))
+    level = wave * (0.9 / loudest) if loudest else wave
+    if length is None:
+        return level
+    return np.pad(level[:length], (0, max(0, length - len(level))))
 
 
 def resampled(wave: Wave, rate: int, wanted: int) -> Wave:

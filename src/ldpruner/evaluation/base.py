@@ -24,10 +24,11 @@ Need: TypeAlias = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """A metric's value, with its standard error where the metric has one."""
+    """A metric's value, with its standard error where the metric has one, and what should be known about it."""
 
     value: float
     error: float | None = None
+    note: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +36,9 @@ class Evidence:
     """What there is to look at: streams by what they hold, and of the reference or the original beside the samples'.
 
     `samples` may hold `features` `(n, d)`, `probabilities` `(n, classes)`, `embeddings` `(n, e)` of length 1, `captions`
-    `(n, e)` of length 1, `labels` `(n,)` of the classes that captions ask for (-1: none), `latents` `(n, c, ...)`,
-    `pictures` `(n, c, h, w)`, uint8. `reference` holds real data, `original` the other model's samples for the same seeds.
+    `(n, e)` of length 1, `candidates` `(different captions, e)` and which of them is `own` `(n,)`, `labels` `(n,)` of the
+    classes that captions ask for (-1: none), `latents` `(n, c, ...)`, `pictures` `(n, c, h, w)`, uint8. `reference` holds
+    real data in no particular order, `original` the other model's samples for the same seeds.
     """
 
     samples: dict[str, Stream]
@@ -44,18 +46,11 @@ class Evidence:
     original: dict[str, Stream]
 
     def has(self, needs: tuple[Need, ...]) -> bool:
-        """Whether everything is here that `needs` names."""
-        return not self.lacking(needs)
-
-    def lacking(self, needs: tuple[Need, ...]) -> list[str]:
-        """What is not here of what `needs` names; `reference` and `original` want the same streams as the samples."""
+        """Whether everything is here that `needs` names, in `reference` or `original` too where these are among it."""
         streams = [need for need in needs if need not in ("reference", "original")]
         compared = [need for need in streams if need not in ("captions", "labels")]
-        missing: list[str] = [need for need in streams if need not in self.samples]
-        for other, held in (("reference", self.reference), ("original", self.original)):
-            if other in needs and not all(need in held for need in compared):
-                missing.append(other)
-        return missing
+        others = [held for name, held in (("reference", self.reference), ("original", self.original)) if name in needs]
+        return all(need in self.samples for need in streams) and all(need in held for need in compared for held in others)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,12 +63,19 @@ class Metric:
     better: Literal["lower", "higher"]
     needs: tuple[Need, ...]
     measure: Callable[[Evidence], Estimate]
-    minimum: int = 2  # samples
+    minimum: int = 2  # samples, and real data where that is compared with
+    captions: int = 1  # different prompts, where captions are needed
+    torchmetrics: bool = False  # whether it is computed by that package, which is optional
+
+    @property
+    def by_nets(self) -> bool:
+        """Whether a feature net has to look."""
+        return bool({"features", "probabilities", "embeddings"} & set(self.needs))
 
 
 METRICS: Registry[Metric] = Registry("metric")
 
-# The field's names for a metric with one feature net: (metric, the net it must be computed with).
+# The field's names for a metric with one feature net: (metric, the net it is computed with).
 ALIASES = {
     "fid": ("frechet", "inception"),
     "kid": ("kernel", "inception"),
@@ -94,12 +96,12 @@ def pairs(first: Stream, second: Stream) -> Iterator[tuple[Tensor, Tensor]]:
         one, other = next(left, None), next(right, None)
         if one is None and other is None:
             return
-        if one is None or other is None:
+        if one is None or other is None or len(one) != len(other):
             raise DataError("two streams of samples differ in length.")
         yield one, other
 
 
-def rows(stream: Stream, size: int = 64) -> Iterator[Tensor]:
+def rows(stream: Stream, size: int = 500) -> Iterator[Tensor]:
     """A stream in parts of `size` rows, the last one shorter."""
     held: list[Tensor] = []
     count = 0

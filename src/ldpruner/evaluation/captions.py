@@ -8,28 +8,44 @@ from ldpruner.evaluation.base import Estimate, Evidence, Metric, Stream, length,
 
 
 def clip_score(embeddings: Stream, captions: Stream) -> float:
-    """100 x the mean of max(cosine, 0) between samples `(n, e)` and their captions `(n, e)` (Hessel et al., arXiv 2104.08718).
+    """100 x the mean of max(cosine, 0) between samples `(n, e)` and their captions `(n, e)`, unit vectors.
 
-    Unit vectors are expected. As torchmetrics and the papers on diffusion scale it; some print it over 100.
+    Of Hessel et al. (arXiv 2104.08718), without their factor of 2.5, as papers on diffusion print it; some leave out the 100.
     """
     total = sum(float((one * other).sum(1).clamp(min=0).double().sum()) for one, other in pairs(embeddings, captions))
     return 100 * total / length(embeddings)
 
 
-def retrieval(embeddings: Stream, captions: Stream, *, among: int) -> float:
-    """Recall at `among`: the share of samples whose own caption is among the nearest of all different captions.
+def retrieval(embeddings: Stream, own: Stream, candidates: Stream, *, among: int) -> float:
+    """Recall at `among`: the share of samples `(n, e)` whose own caption is among the nearest of all different captions.
 
-    Captions that read the same count as one.
+    `candidates` `(captions, e)` are unit vectors, `own` `(n,)` says which of them a sample was asked for by. Captions that
+    read the same to the network do not stand in each other's way.
     """
-    candidates = torch.unique(torch.cat(list(captions())), dim=0)
-    found = 0.0
-    for sample, caption in pairs(embeddings, captions):
-        own = (sample * caption).sum(1, keepdim=True)
-        similar = sample @ candidates.T
-        same = torch.cdist(caption, candidates) < 1e-5
-        ahead = ((similar > own + 1e-6) & ~same).sum(1)
-        found += float((ahead < among).double().sum())
+    every = torch.cat(list(candidates()))
+    found = 0
+    for sample, place in pairs(embeddings, own):
+        similar = sample @ every.T
+        ahead = (similar > similar.gather(1, place[:, None]) + 1e-6).sum(1)
+        found += int((ahead < among).sum())
     return found / length(embeddings)
+
+
+def _at(among: int) -> Metric:
+    def measure(evidence: Evidence) -> Estimate:
+        seen = evidence.samples
+        value = retrieval(seen["embeddings"], seen["own"], seen["candidates"], among=among)
+        return Estimate(value=value, note=f"among {length(seen['candidates'])} captions")
+
+    return Metric(
+        name=f"retrieval-{among}",
+        title=f"Caption retrieval R@{among}",
+        source=f"share of samples whose caption is among the {among} nearest of all captions in the run",
+        better="higher",
+        needs=("embeddings", "captions"),
+        measure=measure,
+        captions=among + 1,
+    )
 
 
 register(
@@ -43,21 +59,5 @@ register(
         minimum=1,
     )
 )
-
-
-def _at(among: int) -> Metric:
-    def measure(evidence: Evidence) -> Estimate:
-        return Estimate(value=retrieval(evidence.samples["embeddings"], evidence.samples["captions"], among=among))
-
-    return Metric(
-        name=f"retrieval-{among}",
-        title=f"Caption retrieval R@{among}",
-        source=f"share of samples whose caption is among the {among} nearest of all captions in the run",
-        better="higher",
-        needs=("embeddings", "captions"),
-        measure=measure,
-    )
-
-
 for _among in (1, 5):
     register(_at(_among))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ldpruner.evaluation.base import Estimate, Evidence, Metric, Stream, register
+from ldpruner.evaluation.base import Estimate, Evidence, Metric, Stream, register, rows
 
 NEIGHBOURS = 3
 
@@ -16,11 +16,11 @@ def share_within(manifold: Stream, asked: Stream, *, neighbours: int = NEIGHBOUR
     The manifold is the union of balls around its points, each as wide as the distance to the point's k-th nearest
     neighbour. Precision asks samples about the reference's manifold, recall the reference about the samples'.
     """
-    radii = [_radii(part, manifold, neighbours) for part in manifold()]
+    radii = [_radii(part, manifold, neighbours) for part in rows(manifold)]
     inside = total = 0
-    for part in asked():
+    for part in rows(asked):
         hit = torch.zeros(len(part), dtype=torch.bool)
-        for centres, radius in zip(manifold(), radii, strict=True):
+        for centres, radius in zip(rows(manifold), radii, strict=True):
             hit |= (torch.cdist(part.double(), centres.double()) <= radius).any(1)
         inside, total = inside + int(hit.sum()), total + len(part)
     return inside / total
@@ -28,7 +28,7 @@ def share_within(manifold: Stream, asked: Stream, *, neighbours: int = NEIGHBOUR
 
 def _radii(part: Tensor, manifold: Stream, neighbours: int) -> Tensor:
     nearest = torch.full((len(part), neighbours + 1), float("inf"), dtype=torch.float64)
-    for others in manifold():
+    for others in rows(manifold):
         seen = torch.cat([nearest, torch.cdist(part.double(), others.double())], dim=1)
         nearest = seen.topk(neighbours + 1, largest=False).values  # the nearest of all is the point itself
     return nearest[:, -1]

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ldpruner.datasets import signed
 from ldpruner.errors import DataError
-from ldpruner.evaluation.judges import CaptionJudge, Seen, load_judge
+from ldpruner.evaluation.judges import REFERENCE, CaptionJudge, Seen, load_judge
 from ldpruner.operators.tracing import weights_digest
 from ldpruner.registry import Registry
 
@@ -29,16 +30,19 @@ INCEPTION_URL = f"https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrai
 class FeatureNet:
     """A network that turns samples into numbers.
 
-    `observe` takes uint8 pictures `(n, c, h, w)`, or waves `(n, length)` where `sample_rate` (Hz) is set, and gives `features`
-    `(n, d)` and what else it has: class `probabilities`, `embeddings` of length 1 that `describe` gives for captions too.
-    `label` gives the class that a caption asks for, or None. `digest` tells networks apart in the cache.
+    `observe` takes uint8 pictures `(n, c, h, w)`, or waves `(n, length)` where `sample_rate` (Hz) is set, and returns what
+    `gives` names: `features` `(n, d)`, class `probabilities` `(n, classes)`, `embeddings` `(n, e)` of length 1 that
+    `describe` has for captions too. `label` gives the class that a caption asks for, or None. `digest` tells networks apart
+    in the cache: all that decides what `observe` returns must go into it.
     """
 
     name: str
     digest: str
     observe: Callable[[Tensor], Seen]
+    gives: tuple[str, ...] = ("features",)
     describe: Callable[[Sequence[str]], Tensor] | None = None
     label: Callable[[str], int | None] | None = None
+    channels: int | None = None  # of the pictures that it can look at; None: any
     sample_rate: int | None = None
     reference: Path | None = None  # a judge's folder, which keeps what the judge saw in real data
 
@@ -51,23 +55,27 @@ FEATURE_NETS: Registry[Build] = Registry("feature net")
 def judge(folder: Path, name: str, device: str = "cpu") -> FeatureNet:
     """The judge of a zoo pipeline."""
     network = load_judge(folder).to(device)
+    reads = network if isinstance(network, CaptionJudge) else None
     return FeatureNet(
         name=name,
         digest=_digest(network),
-        observe=lambda pictures: network.observe(_signed(pictures, device)),
-        describe=network.describe if isinstance(network, CaptionJudge) else None,
-        label=network.label if isinstance(network, CaptionJudge) else None,
-        reference=folder,
+        observe=lambda pictures: network.observe(signed(pictures.to(device))),
+        gives=("features", "probabilities", *(["embeddings"] if reads else [])),
+        describe=reads.describe if reads else None,
+        label=reads.label if reads else None,
+        channels=network.channels,
+        reference=folder if (folder / REFERENCE).is_file() else None,
     )
 
 
 def module(network: nn.Module, name: str | None = None) -> FeatureNet:
-    """Any network from pictures `(n, c, h, w)` in [-1, 1], float, to features `(n, d)`."""
-    device = str(next((parameter.device for parameter in network.parameters()), torch.device("cpu")))
+    """Any network from pictures `(n, c, h, w)` in [-1, 1], float, to features `(n, d)`. Raises `DataError` in training mode."""
+    name = name or type(network).__name__
+    if network.training:
+        raise DataError(f"{name}: is in training mode, where what it sees changes it. Call .eval() first.")
+    device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
     return FeatureNet(
-        name=name or type(network).__name__,
-        digest=_digest(network),
-        observe=lambda pictures: {"features": network(_signed(pictures, device))},
+        name=name, digest=_digest(network), observe=lambda pictures: {"features": network(signed(pictures.to(device)))}
     )
 
 
@@ -77,7 +85,7 @@ def inception(where: str | None, device: str) -> FeatureNet:
 
     `features` are the 2,048 numbers of the last pooling; `probabilities` those of the 1,008 classes without output bias.
     """
-    path = Path(where) if where else cache_folder() / INCEPTION_FILE
+    path = Path(where).expanduser() if where else cache_folder() / INCEPTION_FILE
     if not path.is_file():
         raise DataError(f"inception: {path} is missing. Fetch {INCEPTION_URL} and put it there, or say --features inception=FILE.")
     try:
@@ -89,7 +97,7 @@ def inception(where: str | None, device: str) -> FeatureNet:
         images = _three_channels(pictures).float().to(device)
         return {"features": network(images, return_features=True), "probabilities": network(images, no_output_bias=True)}
 
-    return FeatureNet(name="inception-2015-12-05", digest=_file_digest(path), observe=observe)
+    return FeatureNet(name="inception-2015-12-05", digest=_file_digest(path), observe=observe, gives=("features", "probabilities"))
 
 
 @FEATURE_NETS.register("clip")
@@ -104,15 +112,15 @@ def clip(where: str | None, device: str) -> FeatureNet:
 
     def observe(pictures: Tensor) -> Seen:
         images = [Image.fromarray(picture.permute(1, 2, 0).numpy()) for picture in _three_channels(pictures)]
-        found = network.get_image_features(**processor(images=images, return_tensors="pt").to(device))
-        features = _pooled(found)
-        return {"features": features, "embeddings": F.normalize(features, dim=1)}
+        return _embedded(network.get_image_features(**processor(images=images, return_tensors="pt").to(device)))
 
-    def describe(captions: Sequence[str]) -> Tensor:
-        tokens = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(device)
-        return F.normalize(_pooled(network.get_text_features(**tokens)), dim=1)
-
-    return FeatureNet(name=f"clip {source}", digest=_digest(network), observe=observe, describe=describe)
+    return FeatureNet(
+        name=f"clip {source}",
+        digest=_digest(network, processor.to_json_string()),
+        observe=observe,
+        gives=("features", "embeddings"),
+        describe=_reader(network, tokenizer, device),
+    )
 
 
 @FEATURE_NETS.register("clap")
@@ -126,16 +134,32 @@ def clap(where: str | None, device: str) -> FeatureNet:
 
     def observe(waves: Tensor) -> Seen:
         inputs = extractor(list(waves.numpy()), sampling_rate=extractor.sampling_rate, return_tensors="pt").to(device)
-        features = _pooled(network.get_audio_features(**inputs))
-        return {"features": features, "embeddings": F.normalize(features, dim=1)}
+        return _embedded(network.get_audio_features(**inputs))
+
+    return FeatureNet(
+        name=f"clap {source}",
+        digest=_digest(network, extractor.to_json_string()),
+        observe=observe,
+        gives=("features", "embeddings"),
+        describe=_reader(network, tokenizer, device),
+        sample_rate=extractor.sampling_rate,
+    )
+
+
+def _embedded(found: Any) -> Seen:
+    """Projected features, which transformers 5 wraps in an output, as they are and at length 1."""
+    features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
+    return {"features": features, "embeddings": F.normalize(features, dim=1)}
+
+
+def _reader(network: Any, tokenizer: Any, device: str) -> Callable[[Sequence[str]], Tensor]:
+    """How a two-sided network describes captions."""
 
     def describe(captions: Sequence[str]) -> Tensor:
         tokens = tokenizer(list(captions), padding=True, truncation=True, return_tensors="pt").to(device)
-        return F.normalize(_pooled(network.get_text_features(**tokens)), dim=1)
+        return _embedded(network.get_text_features(**tokens))["embeddings"]
 
-    return FeatureNet(
-        name=f"clap {source}", digest=_digest(network), observe=observe, describe=describe, sample_rate=extractor.sampling_rate
-    )
+    return describe
 
 
 def cache_folder() -> Path:
@@ -153,28 +177,20 @@ def _pretrained(net: str, source: str, kind: Any) -> Any:
             f"{net}: {source} is neither a folder here nor to be had from the hub ({reason}). "
             f"Fetch it where there is a network with `hf download {source} --local-dir FOLDER`, and say --features {net}=FOLDER."
         ) from error
-    return loaded.eval() if isinstance(loaded, nn.Module) else loaded
-
-
-def _pooled(found: Any) -> Tensor:
-    """Projected features: a tensor, or since transformers 5 an output that holds them as its pooled ones."""
-    features: Tensor = found if isinstance(found, Tensor) else found.pooler_output
-    return features
-
-
-def _signed(pictures: Tensor, device: str) -> Tensor:
-    return pictures.to(device).float() / 127.5 - 1
+    return loaded.float().eval() if isinstance(loaded, nn.Module) else loaded
 
 
 def _three_channels(pictures: Tensor) -> Tensor:
     return pictures.expand(-1, 3, -1, -1) if pictures.shape[1] == 1 else pictures
 
 
-def _digest(network: nn.Module) -> str:
-    buffers = hashlib.sha256()
+def _digest(network: nn.Module, settings: str = "") -> str:
+    """A fingerprint of a network's code by name, of its structure, of all that it holds, and of how it is fed."""
+    kind = type(network)
+    digest = hashlib.sha256(f"{kind.__module__}.{kind.__qualname__} {network} {settings} {weights_digest(network)}".encode())
     for buffer in network.buffers():
-        buffers.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return hashlib.sha256(f"{weights_digest(network)} {buffers.hexdigest()}".encode()).hexdigest()
+        digest.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _file_digest(path: Path) -> str:

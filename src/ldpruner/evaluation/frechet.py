@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldpruner.errors import DataError
-from ldpruner.evaluation.base import Estimate, Evidence, Metric, Stream, register
+from ldpruner.evaluation.base import Estimate, Evidence, Metric, Stream, length, register
 
 LATENT_NUMBERS = 2048  # a covariance of more takes more memory than a small machine has
 
@@ -44,29 +44,42 @@ def frechet_distance(real: Stream, generated: Stream) -> float:
 
 
 def _of_features(evidence: Evidence) -> Estimate:
-    return Estimate(value=frechet_distance(evidence.reference["features"], evidence.samples["features"]))
+    real, generated = evidence.reference["features"], evidence.samples["features"]
+    width, fewest = next(generated()).shape[1], min(length(real), length(generated))
+    note = f"fewer samples than the {width} features: compare at equal counts only" if fewest <= width else None
+    return Estimate(value=frechet_distance(real, generated), note=note)
 
 
 def _of_latents(evidence: Evidence) -> Estimate:
-    return Estimate(value=frechet_distance(_flat(evidence.original["latents"]), _flat(evidence.samples["latents"])))
+    value = frechet_distance(_flat(evidence.original["latents"]), _flat(evidence.samples["latents"]))
+    shape = next(evidence.samples["latents"]()).shape[1:]
+    return Estimate(value=value, note=f"averaged down from {shape.numel()} numbers" if shape.numel() > LATENT_NUMBERS else None)
 
 
 def _flat(latents: Stream) -> Stream:
-    """Latents as rows of at most 2,048 numbers: larger grids are halved by averaging until they are small enough."""
+    """Latents as rows of at most 2,048 numbers: of larger ones neighbours are averaged, along the longest side first."""
 
     def stream() -> Iterator[Tensor]:
         for part in latents():
             pooled = part.float()
-            while pooled[0].numel() > LATENT_NUMBERS and pooled.ndim == 4 and min(pooled.shape[2:]) > 1:
-                pooled = F.avg_pool2d(pooled, 2)
+            while pooled[0].numel() > LATENT_NUMBERS:
+                pooled = _halved(pooled, max(range(1, pooled.ndim), key=pooled.size))
             yield pooled.flatten(1)
 
     return stream
 
 
+def _halved(values: Tensor, side: int) -> Tensor:
+    """Neighbours along one side averaged in twos."""
+    moved = values.movedim(side, -1)
+    pooled = F.adaptive_avg_pool1d(moved.flatten(0, -2), (moved.shape[-1] + 1) // 2)
+    return pooled.reshape(*moved.shape[:-1], -1).movedim(-1, side)
+
+
 register(
     Metric(
         name="frechet",
+        torchmetrics=True,
         title="Fréchet distance",
         source="arXiv 1706.08500; FID with Inception's features, FAD (arXiv 1812.08466) with those of sound",
         better="lower",
@@ -77,8 +90,9 @@ register(
 register(
     Metric(
         name="latent-frechet",
+        torchmetrics=True,
         title="Fréchet distance of latents",
-        source="arXiv 1706.08500, on latents; grids averaged down to 2,048 numbers",
+        source="arXiv 1706.08500, on latents, averaged down to 2,048 numbers where they are more",
         better="lower",
         needs=("latents", "original"),
         measure=_of_latents,

@@ -7,7 +7,7 @@ the judge sees in real data, so that samples can be measured where the data is n
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from ldpruner.errors import DataError, suggest
 from ldpruner.files import write_json
 
+REFERENCE = "reference.safetensors"
+
 Seen = dict[str, Tensor]  # what a network makes of a batch, by name; rows are samples
 
 
@@ -27,6 +29,7 @@ class Judge(nn.Module):
     """What every judge can do. `classes` are the names that `probabilities` has a column for."""
 
     classes: tuple[str, ...]
+    channels: int
 
     def observe(self, pictures: Tensor) -> Seen:
         """`features` `(n, d)` and class `probabilities` `(n, classes)` of pictures `(n, c, h, w)` in [-1, 1]; maybe more."""
@@ -79,6 +82,7 @@ class CaptionJudge(Judge):
     def __init__(self, *, classes: Sequence[str], words: Sequence[str]) -> None:
         super().__init__()
         self.classes = tuple(classes)
+        self.channels = 3
         self.words = {word: number + 1 for number, word in enumerate(words)}  # 0 is padding
         widths = [(3, 32, 2), (32, 48, 1), (48, 64, 2), (64, 96, 1), (96, 96, 2), (96, 128, 1), (128, 128, 2)]
         self.trunk = nn.Sequential(*(_stage(*width) for width in widths))
@@ -163,13 +167,13 @@ def load_judge(folder: Path) -> Judge:
 
 def save_reference(seen: Seen, folder: Path) -> None:
     """Keep what the judge saw in real data, as float16."""
-    save_file(_halves(seen), folder / "reference.safetensors")
+    save_file(_halves(seen), folder / REFERENCE)
 
 
 def load_reference(folder: Path) -> Seen:
     """What the judge saw in real data, as float32. Raises `DataError` where nothing was kept."""
     try:
-        return {name: tensor.float() for name, tensor in load_file(folder / "reference.safetensors").items()}
+        return {name: tensor.float() for name, tensor in load_file(folder / REFERENCE).items()}
     except (OSError, SafetensorError) as error:
         raise DataError(f"{folder}: keeps no reference ({error}). Give one with --reference DATA.") from error
 
@@ -177,13 +181,6 @@ def load_reference(folder: Path) -> Seen:
 def _halves(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     return {name: tensor.contiguous() for name, tensor in halves.items()}
-
-
-@torch.inference_mode()
-def observe_all(judge: Judge, batches: Iterable[Tensor]) -> Seen:
-    """What the judge makes of every batch of pictures in [-1, 1], stacked."""
-    parts = [judge.observe(batch) for batch in batches]
-    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def accuracy(probabilities: Tensor, labels: Tensor) -> float:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ldpruner.errors import ArtifactError
+from ldpruner.errors import ArtifactError, DataError, PipelineError
 from ldpruner.evaluation.base import Stream
 from ldpruner.evaluation.features import FeatureNet
 from ldpruner.evaluation.judges import Seen
@@ -24,7 +26,11 @@ from ldpruner.files import refused_by_disk
 from ldpruner.operators.tracing import weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
-from ldpruner.sound import resampled
+from ldpruner.sound import levelled, resampled
+
+SCHEMA = 1  # of what parts hold; a change makes what is kept unknown
+
+Watch = Callable[[Iterator[Seen], int, str], Iterator[Seen]]  # parts to come, samples in all, what is done
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,19 +48,20 @@ class Part:
 
     def write(self, tensors: Seen) -> None:
         """Fill it. Raises `ArtifactError` where the disk refuses; the parts before it are kept."""
-        scratch = self.path.with_suffix(".partial")
+        scratch = self.path.with_suffix(f".{os.getpid()}.partial")  # another process may be making the same part
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
             scratch.replace(self.path)
         except Exception as error:
-            scratch.unlink(missing_ok=True)
             if not refused_by_disk(error):
                 raise
             raise ArtifactError(
                 f"{self.path.parent}: the cache cannot be written ({error}). What is there is kept; free space, "
                 "or name another folder with --cache, and run again."
             ) from error
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def or_made(self, make: Callable[[], Seen]) -> Seen:
         """What it holds, made and written first where it is not there."""
@@ -65,12 +72,25 @@ class Part:
         return held
 
 
+def stream_of(parts: Sequence[Part], name: str) -> Stream:
+    """One of the things that parts hold, part by part. Raises `DataError` where one has gone since it was made."""
+
+    def stream() -> Iterator[Tensor]:
+        for part in parts:
+            held = part.read()
+            if held is None:
+                raise DataError(f"{part.path}: has gone, or is damaged. Run again: it is made anew.")
+            yield held[name]
+
+    return stream
+
+
 @dataclass(frozen=True, kw_only=True)
 class Samples:
     """A pipeline's generations for a probe, in parts of `batch_size`, each generated once."""
 
     pipeline: Pipeline
-    probe: Probe
+    probe: Probe  # complete: with the prompts that the samples take
     batch_size: int
     folder: Path
     digest: str
@@ -78,51 +98,55 @@ class Samples:
     @classmethod
     def of(cls, pipeline: Pipeline, probe: Probe, *, batch_size: int, cache: Path) -> Samples:
         digest = pipeline_digest(pipeline)
-        return cls(
-            pipeline=pipeline,
-            probe=pipeline.completed(probe),
-            batch_size=batch_size,
-            folder=cache / "samples" / digest[:32],
-            digest=digest,
-        )
+        return cls(pipeline=pipeline, probe=probe, batch_size=batch_size, folder=cache / "samples" / digest[:32], digest=digest)
 
-    def parts(self) -> Iterator[Seen]:
-        """`latents` and uint8 `pictures` of every part, in the order of their seeds."""
-        for first in range(0, self.probe.samples, self.batch_size):
-            yield self._part(range(first, min(first + self.batch_size, self.probe.samples)))
+    def generate(self, watch: Watch | None) -> tuple[torch.Size, torch.Size]:
+        """Make sure that every part is there; the shapes of one sample's latents and picture. Raises `PipelineError`."""
+        coming = (part.or_made(functools.partial(self._make, rows)) for rows, part in self._parts())
+        latents = pictures = torch.Size()
+        for held in watch(coming, self.probe.samples, f"generating, {self.pipeline.source}") if watch else coming:
+            latents, pictures = held["latents"].shape[1:], held["pictures"].shape[1:]
+            if not torch.isfinite(held["latents"]).all():
+                raise PipelineError(f"{self.pipeline.source}: generates latents that are not finite; nothing can be said of them.")
+        return latents, pictures
 
-    def _part(self, rows: range) -> Seen:
-        def make() -> Seen:
-            some = replace(self.probe, samples=rows.stop)
-            made = next(self.pipeline.generations(some, batch_size=len(rows), first=rows.start))
-            return {"latents": made.latents, "pictures": made.pictures}
-
-        return self._file("part", rows).or_made(make)
-
-    def _file(self, kind: str, rows: range) -> Part:
-        prompts = [self.probe.prompts[row % len(self.probe.prompts)] for row in rows] if self.probe.prompts else []
-        settings = [self.probe.seed + rows.start, len(rows), self.probe.num_inference_steps, self.probe.guidance_scale, prompts]
-        return Part(path=self.folder / f"{kind}-{_hash(settings)[:32]}.safetensors")
+    def missing(self) -> int:
+        """How many samples are not in the cache yet."""
+        return sum(len(rows) for rows, part in self._parts() if not part.path.exists())
 
     def stream(self, name: str) -> Stream:
-        """`latents` or `pictures`, part by part."""
-        return lambda: (part[name] for part in self.parts())
+        """`latents`, or uint8 `pictures`, part by part."""
+        return stream_of([part for _, part in self._parts()], name)
 
     @property
     def captions(self) -> list[str]:
         """The prompt of every sample; none where the pipeline takes none."""
-        return (
-            [self.probe.prompts[row % len(self.probe.prompts)] for row in range(self.probe.samples)] if self.probe.prompts else []
-        )
+        prompts = self.probe.prompts
+        return [prompts[row % len(prompts)] for row in range(self.probe.samples)] if prompts else []
+
+    def _parts(self) -> Iterator[tuple[range, Part]]:
+        captions = self.captions
+        for first in range(0, self.probe.samples, self.batch_size):
+            rows = range(first, min(first + self.batch_size, self.probe.samples))
+            seeds = [self.probe.seed + rows.start, len(rows)]
+            key = _hash([*seeds, self.probe.num_inference_steps, self.probe.guidance_scale, captions[rows.start : rows.stop]])
+            yield rows, Part(path=self.folder / f"part-{key[:32]}.safetensors")
+
+    def _make(self, rows: range) -> Seen:
+        some = replace(self.probe, samples=rows.stop)
+        made = next(self.pipeline.generations(some, batch_size=len(rows), first=rows.start))
+        return {"latents": made.latents, "pictures": made.pictures}
 
 
 def sounds(spectrograms: Stream, pipeline: Pipeline, sample_rate: int, cache: Path) -> Stream:
-    """The sound of uint8 spectrograms `(n, 1, bands, frames)` as `(n, length)` at a sample rate in Hz, kept by their content."""
-    settings = _hash([_plain(getattr(pipeline.mel, "config", None)), sample_rate])
+    """The sound of uint8 spectrograms `(n, 1, bands, frames)` as `(n, length)` at a sample rate in Hz, kept by their content.
+
+    Every wave has the same length and the same loudest sample: spectrograms carry no loudness.
+    """
+    settings = _hash([SCHEMA, _plain(getattr(pipeline.mel, "config", None)), sample_rate])
 
     def make(part: Tensor) -> Seen:
-        waves = [resampled(*pipeline.sound(picture), sample_rate) for picture in part]
-        return {"waves": torch.from_numpy(np.stack(waves))}
+        return {"waves": torch.from_numpy(np.stack([comparable(*pipeline.sound(each), pipeline, sample_rate) for each in part]))}
 
     def parts() -> Iterator[Tensor]:
         for part in spectrograms():
@@ -132,15 +156,18 @@ def sounds(spectrograms: Stream, pipeline: Pipeline, sample_rate: int, cache: Pa
     return parts
 
 
-def observed(net: FeatureNet, shown: Stream, cache: Path) -> Callable[[], Iterator[Seen]]:
+def comparable(wave: Any, rate: int, pipeline: Pipeline, sample_rate: int) -> Any:
+    """A wave as long and as loud as every other that is compared, generated or real, at a sample rate in Hz."""
+    assert pipeline.mel is not None
+    return resampled(levelled(wave, pipeline.mel.slice_size), rate, sample_rate)
+
+
+def observed(net: FeatureNet, shown: Stream, cache: Path) -> Iterator[tuple[Part, Seen]]:
     """What a network makes of uint8 pictures `(n, c, h, w)`, or of waves `(n, length)`: each part once, kept by its content."""
-
-    def parts() -> Iterator[Seen]:
-        for part in shown():
-            file = Part(path=cache / "features" / net.digest[:32] / f"{_tensor_hash(part)[:32]}.safetensors")
-            yield file.or_made(functools.partial(_look, net, part))
-
-    return parts
+    folder = cache / "features" / hashlib.sha256(f"{SCHEMA} {net.digest}".encode()).hexdigest()[:32]
+    for part in shown():
+        file = Part(path=folder / f"{_tensor_hash(part)[:32]}.safetensors")
+        yield file, file.or_made(functools.partial(_look, net, part))
 
 
 @torch.inference_mode()
@@ -148,19 +175,17 @@ def _look(net: FeatureNet, part: Tensor) -> Seen:
     return {name: tensor.float().cpu() for name, tensor in net.observe(part).items()}
 
 
-def named(parts: Callable[[], Iterator[Seen]], name: str) -> Stream:
-    """One of the things that parts hold."""
-    return lambda: (part[name] for part in parts())
-
-
 def pipeline_digest(pipeline: Pipeline) -> str:
-    """A fingerprint of all that decides what a pipeline generates: weights, configurations, dtype, kind of device."""
-    digest = hashlib.sha256(type(pipeline.pipe).__name__.encode())
+    """A fingerprint of all that decides what a pipeline generates: weights, configurations, dtype, device, versions."""
+    versions = [metadata.version(name) for name in ("torch", "diffusers")]
+    digest = hashlib.sha256(f"{SCHEMA} {versions} {type(pipeline.pipe).__name__} {_plain(pipeline.pipe.config)}".encode())
     for name, component in sorted(pipeline.pipe.components.items()):
         config = getattr(component, "config", None)
         digest.update(f"{name} {type(component).__name__} {_plain(config)}".encode())
         if isinstance(component, nn.Module):
             digest.update(f"{component} {weights_digest(component)}".encode())  # as text, a module names its stand-ins
+            for buffer in component.buffers():
+                digest.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     parameter = next(pipeline.denoiser.parameters())
     digest.update(f"{parameter.dtype} {parameter.device.type}".encode())
     return digest.hexdigest()

@@ -14,7 +14,8 @@ TINY = 1e-12
 def inception_score(probabilities: Stream, *, splits: int = SPLITS) -> Estimate:
     """exp(mean KL(p(y|x) || p(y))) of class probabilities `(n, classes)`, the mean over splits (Salimans et al., arXiv 1606.03498).
 
-    The error is the standard error of that mean. With fewer than 20 samples a split there is one split, and no error.
+    The error is the standard error of that mean; samples must be in no particular order. With fewer than 20 samples a split
+    there is one split, and no error.
     """
     count = length(probabilities)
     splits = splits if count >= 20 * splits else 1
@@ -50,7 +51,7 @@ def class_accuracy(probabilities: Stream, labels: Stream) -> float:
         named = wanted >= 0
         right += int((part.argmax(1) == wanted)[named].sum())
         asked += int(named.sum())
-    return right / asked if asked else float("nan")
+    return right / asked
 
 
 register(

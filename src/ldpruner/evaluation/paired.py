@@ -108,6 +108,7 @@ register(
 register(
     Metric(
         name="ssim",
+        torchmetrics=True,
         title="SSIM to the original",
         source="Wang et al. 2004, by torchmetrics, on pictures of equal seeds",
         better="higher",
@@ -119,6 +120,7 @@ register(
 register(
     Metric(
         name="psnr",
+        torchmetrics=True,
         title="PSNR to the original, dB",
         source="by torchmetrics, on pictures of equal seeds; 100 where they are equal to the bit",
         better="higher",

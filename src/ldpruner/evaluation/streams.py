@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ldpruner.datasets import PICTURES, Folder, in_parts
@@ -14,23 +15,47 @@ from ldpruner.errors import DataError
 from ldpruner.evaluation.base import Evidence, Stream
 from ldpruner.evaluation.features import FeatureNet
 from ldpruner.evaluation.judges import Seen, load_reference
-from ldpruner.evaluation.kept import Samples, named, observed, sounds
+from ldpruner.evaluation.kept import Part, Samples, Watch, comparable, observed, sounds, stream_of
 from ldpruner.pipelines import Pipeline
-from ldpruner.sound import resampled
-
-Watch = Callable[[Iterator[Seen], int, str], Iterator[Seen]]  # parts to come, samples in all, what is done
 
 PART = 50  # real samples that are looked at at once
 
 
-def generated_shape(samples: Samples, watch: Watch | None) -> torch.Size:
-    """Make sure that every part is there; the shape of a picture."""
-    parts = samples.parts()
-    watched = watch(parts, samples.probe.samples, f"generating, {samples.pipeline.source}") if watch else parts
-    shape = torch.Size()
-    for part in watched:
-        shape = part["pictures"].shape[1:]
-    return shape
+@dataclass(frozen=True, kw_only=True)
+class RealData:
+    """Real pictures or recordings that samples are compared with, shuffled: metrics that work in blocks expect no order."""
+
+    folder: Folder
+    names: tuple[str, ...]
+    pipeline: Pipeline
+
+    @classmethod
+    def open(cls, path: Path, pipeline: Pipeline) -> RealData:
+        """List what there is of what the pipeline generates. Raises `DataError` where there is nothing."""
+        folder = Folder.open(path)
+        names = folder.of(".wav") if pipeline.mel is not None else folder.of(*PICTURES)
+        if not names:
+            raise DataError(f"{path}: no {'pictures' if pipeline.mel is None else 'recordings (.wav)'} in it.")
+        return cls(folder=folder, names=tuple(random.Random(0).sample(names, len(names))), pipeline=pipeline)
+
+    def shown_to(self, net: FeatureNet, shape: torch.Size) -> Stream:
+        """Pictures of the samples' shape; of recordings their spectrograms or, for a net that hears, themselves."""
+        channels, height, width = shape
+        if net.sample_rate:
+            return lambda: in_parts(self.names, lambda name: self._wave(name, net.sample_rate), PART)
+        if self.pipeline.mel is not None:
+            return lambda: in_parts(self.names, self._spectrogram, PART)
+        size = (height, width)
+        return lambda: in_parts(self.names, lambda name: self.folder.picture(name, channels=channels, size=size), PART)
+
+    def _spectrogram(self, name: str) -> Tensor:
+        assert self.pipeline.mel is not None
+        return self.pipeline.spectrogram(self.folder.wave(name, self.pipeline.mel.get_sample_rate()))
+
+    def _wave(self, name: str, sample_rate: int | None) -> Tensor:
+        assert self.pipeline.mel is not None
+        rate = self.pipeline.mel.get_sample_rate()
+        return torch.from_numpy(comparable(self.folder.wave(name, rate), rate, self.pipeline, sample_rate or rate))
 
 
 def paired(made: Sequence[Samples]) -> Evidence:
@@ -43,60 +68,55 @@ def sample_streams(samples: Samples, net: FeatureNet, cache: Path, watch: Watch 
     """What a net makes of samples and, where it reads, of their captions."""
     pictures = samples.stream("pictures")
     shown = sounds(pictures, samples.pipeline, net.sample_rate, cache) if net.sample_rate else pictures
-    parts = observed(net, shown, cache)
-    first: Seen = {}
-    for part in watch(parts(), samples.probe.samples, f"looking, {net.name}") if watch else parts():
-        first = first or part
-    streams = {name: named(parts, name) for name in first}
-    captions = samples.captions
+    streams = _seen(net, shown, cache, samples.probe.samples, f"looking, {net.name}", watch)
+    return streams | caption_streams(net, samples.captions)
+
+
+def caption_streams(net: FeatureNet, captions: Sequence[str]) -> dict[str, Stream]:
+    """What a net makes of captions: each different one is read once."""
+    streams: dict[str, Stream] = {}
     if captions and net.describe:
-        streams["captions"] = _described(net.describe, captions, samples.batch_size)
+        different = list(dict.fromkeys(captions))
+        place = {caption: number for number, caption in enumerate(different)}
+        own = torch.tensor([place[caption] for caption in captions])
+        with torch.inference_mode():
+            parts = [net.describe(different[at : at + PART]).float().cpu() for at in range(0, len(different), PART)]
+        candidates = torch.cat(parts)
+        streams["candidates"] = split(candidates)
+        streams["own"] = split(own)
+        streams["captions"] = lambda: (candidates[part] for part in torch.split(own, 500))
     if captions and net.label:
-        labels = torch.tensor([-1 if label is None else label for label in map(net.label, captions)])
-        streams["labels"] = lambda: iter(torch.split(labels, samples.batch_size))
+        labels = [-1 if label is None else label for label in map(net.label, captions)]
+        streams["labels"] = split(torch.tensor(labels))
     return streams
 
 
-def _described(describe: Callable[[Sequence[str]], Tensor], captions: Sequence[str], size: int) -> Stream:
-    def stream() -> Iterator[Tensor]:
-        with torch.inference_mode():
-            for first in range(0, len(captions), size):
-                yield describe(captions[first : first + size]).float().cpu()
-
-    return stream
-
-
 def reference_streams(
-    net: FeatureNet, pipeline: Pipeline, reference: Path | str | None, shape: torch.Size, cache: Path
+    net: FeatureNet, real: RealData | None, shape: torch.Size, cache: Path, watch: Watch | None
 ) -> dict[str, Stream]:
-    """What a net makes of real data: of a folder or zip, else what a judge kept of it, else nothing."""
-    if reference is None:
-        if net.reference is None or not (net.reference / "reference.safetensors").is_file():
-            return {}
-        kept = load_reference(net.reference)
-        return {name: lambda name=name: iter(torch.split(kept[name], 250)) for name in kept}  # type: ignore[misc]
-    parts = observed(net, _real(Folder.open(Path(reference)), net, pipeline, shape), cache)
-    return {name: named(parts, name) for name in next(parts())}
+    """What a net makes of real data, else what a judge kept of what it made of it, else nothing."""
+    if real is not None:
+        return _seen(net, real.shown_to(net, shape), cache, len(real.names), f"looking at real data, {net.name}", watch)
+    if net.reference is None:
+        return {}
+    return {name: split(tensor) for name, tensor in load_reference(net.reference).items()}
 
 
-def _real(folder: Folder, net: FeatureNet, pipeline: Pipeline, shape: torch.Size) -> Stream:
-    """Real pictures, of the samples' shape; or real sound, as spectrograms or, for a net that hears, as waves."""
-    recordings, pictures = folder.of(".wav"), folder.of(*PICTURES)
-    if pipeline.mel is not None and recordings:
-        if net.sample_rate:
-            return lambda: in_parts(recordings, lambda name: _cut(folder, name, pipeline, net.sample_rate), PART)
-        rate = pipeline.mel.get_sample_rate()
-        return lambda: in_parts(recordings, lambda name: pipeline.spectrogram(folder.wave(name, rate)), PART)
-    if not pictures or net.sample_rate:
-        raise DataError(f"{folder.path}: no {'pictures' if pipeline.mel is None else 'recordings (.wav)'} in it.")
-    channels, height, width = (int(size) for size in shape)
-    return lambda: in_parts(pictures, lambda name: folder.picture(name, channels=channels, size=(height, width)), PART)
+def _seen(net: FeatureNet, shown: Stream, cache: Path, count: int, what: str, watch: Watch | None) -> dict[str, Stream]:
+    parts: list[Part] = []
+    names: list[str] = []
+
+    def looked() -> Iterator[Seen]:
+        for part, seen in observed(net, shown, cache):
+            parts.append(part)
+            names[:] = seen
+            yield seen
+
+    for _ in watch(looked(), count, what) if watch else looked():
+        pass
+    return {name: stream_of(parts, name) for name in names}
 
 
-def _cut(folder: Folder, name: str, pipeline: Pipeline, sample_rate: int | None) -> Tensor:
-    """A recording, as long as what the pipeline generates: cut, or with silence at its end."""
-    assert pipeline.mel is not None
-    rate = pipeline.mel.get_sample_rate()
-    wave = torch.from_numpy(folder.wave(name, rate))[: pipeline.mel.slice_size]
-    whole = F.pad(wave, (0, pipeline.mel.slice_size - len(wave)))
-    return torch.from_numpy(resampled(whole.numpy(), rate, sample_rate or rate))
+def split(tensor: Tensor) -> Stream:
+    """A tensor as a stream."""
+    return lambda: iter(torch.split(tensor, 500))

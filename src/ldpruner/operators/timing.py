@@ -66,9 +66,9 @@ def time_alone(denoiser: nn.Module, call: Call, repeats: int) -> tuple[float, di
     clock = _Clock(device)
     with clock.running(denoiser):
         for _ in range(repeats + 1):
+            clock.begin()
             call.run(denoiser)
-    alone = {name: statistics.median(taken[1:]) * 1e3 for name, taken in clock.alone.items() if len(taken) > 1}
-    return plain * 1e3, alone
+    return plain * 1e3, {name: statistics.median(taken[1:]) * 1e3 for name, taken in clock.alone.items() if name in clock.met}
 
 
 def _with_ancestors(name: str) -> list[str]:
@@ -77,11 +77,12 @@ def _with_ancestors(name: str) -> list[str]:
 
 
 class _Clock:
-    """Seconds that each module spends by itself, a reading per call."""
+    """Seconds that each module spends by itself, a reading per run, however often it is called in it."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.alone: dict[str, list[float]] = {}
+        self.met: set[str] = set()
         self._open: list[list[float]] = []  # of every module entered: when, and how long its children took
 
     @contextmanager
@@ -89,19 +90,26 @@ class _Clock:
         with ExitStack() as stack:
             for name, module in denoiser.named_modules():
                 stack.callback(module.register_forward_pre_hook(self._enter).remove)
-                stack.callback(module.register_forward_hook(self._leave(self.alone.setdefault(name, []))).remove)
+                stack.callback(module.register_forward_hook(self._leave(name)).remove)
+                self.alone[name] = []
             yield
+
+    def begin(self) -> None:
+        """A new run: a reading of nothing for every module."""
+        for readings in self.alone.values():
+            readings.append(0.0)
 
     def _enter(self, *_: Any) -> None:
         synchronize(self.device)
         self._open.append([time.perf_counter(), 0.0])
 
-    def _leave(self, readings: list[float]) -> Callable[..., None]:
+    def _leave(self, name: str) -> Callable[..., None]:
         def hook(*_: Any) -> None:
             synchronize(self.device)
             began, children = self._open.pop()
             taken = time.perf_counter() - began
-            readings.append(taken - children)
+            self.alone[name][-1] += taken - children
+            self.met.add(name)
             if self._open:
                 self._open[-1][1] += taken
 

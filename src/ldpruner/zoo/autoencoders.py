@@ -1,17 +1,23 @@
-"""The autoencoder that `zoo:emoji` and `zoo:digits` share: 64x64 pictures to 8x8 latents of 8 channels and back."""
+"""Autoencoders of the zoo: what `zoo:emoji` and `zoo:digits` share, and what is done with that of `zoo:fashion` too."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from diffusers import AutoencoderKL, VQModel
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ldpruner.datasets import signed
+from ldpruner.operators.tracing import weights_digest
 from ldpruner.zoo.training import Training, draw, train
+
+Autoencoder: TypeAlias = AutoencoderKL | VQModel
 
 KL_WEIGHT = 1e-6  # as in latent diffusion (Rombach et al., arXiv 2112.10752, section G)
 
@@ -37,7 +43,7 @@ def train_autoencoder(images: Tensor, training: Training, folder: Path) -> Autoe
 
     def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         assert isinstance(module, AutoencoderKL)
-        batch = floats(images[draw(len(images), training.batch_size, generator)])
+        batch = signed(images[draw(len(images), training.batch_size, generator)])
         posterior = module.encode(batch).latent_dist
         decoded = module.decode(posterior.sample(generator)).sample
         error: Tensor = F.mse_loss(decoded, batch) + 0.5 * F.l1_loss(decoded, batch) + KL_WEIGHT * posterior.kl().mean()
@@ -50,27 +56,33 @@ def train_autoencoder(images: Tensor, training: Training, folder: Path) -> Autoe
     return autoencoder
 
 
-def floats(images: Tensor) -> Tensor:
-    """uint8 pictures scaled to [-1, 1], as diffusers autoencoders take them."""
-    return images.float() / 127.5 - 1
-
-
 @torch.no_grad()
-def encode(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
-    """The modes of the latents of uint8 pictures, `(n, 8, 8, 8)`, before scaling."""
+def encode(autoencoder: Autoencoder, images: Tensor) -> Tensor:
+    """Latents `(n, c, h, w)` of uint8 pictures, before scaling and quantising; of a distribution its mode."""
     parts = tqdm(torch.split(images, 100), desc="latents", mininterval=5, leave=False)
-    return torch.cat([autoencoder.encode(floats(part)).latent_dist.mode() for part in parts])
+    return torch.cat([_latents(autoencoder.encode(signed(part))) for part in parts])
 
 
-def kept_latents(autoencoder: AutoencoderKL, images: Tensor, path: Path) -> Tensor:
-    """The scaled latents of all pictures, computed once and kept in `path`."""
-    if not path.exists():
-        save_file({"latents": (encode(autoencoder, images) * autoencoder.config["scaling_factor"]).contiguous()}, path)
-    return load_file(path)["latents"]
+def _latents(encoded: Any) -> Tensor:
+    latents: Tensor = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
+    return latents
+
+
+def kept_latents(autoencoder: Autoencoder, images: Tensor, path: Path) -> Tensor:
+    """The scaled latents of all pictures, computed once and kept in `path` for these weights and this many pictures."""
+    made_by = {"autoencoder": weights_digest(autoencoder), "pictures": str(len(images))}
+    if path.exists():
+        with safe_open(path, framework="pt") as stored:
+            if stored.metadata() == made_by:
+                latents: Tensor = stored.get_tensor("latents")
+                return latents
+    latents = (encode(autoencoder, images) * autoencoder.config["scaling_factor"]).contiguous()
+    save_file({"latents": latents}, path, made_by)
+    return latents
 
 
 @torch.inference_mode()
-def reconstruct(autoencoder: AutoencoderKL, images: Tensor) -> Tensor:
+def reconstruct(autoencoder: Autoencoder, images: Tensor) -> Tensor:
     """uint8 pictures through the encoder and the decoder, uint8 again."""
-    parts = [autoencoder.decode(autoencoder.encode(floats(part)).latent_dist.mode()).sample for part in torch.split(images, 50)]
+    parts = [autoencoder(signed(part)).sample for part in torch.split(images, 50)]
     return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

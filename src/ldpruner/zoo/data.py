@@ -25,10 +25,6 @@ class Pictures:
     images: Tensor
     labels: Tensor
 
-    def floats(self, rows: Tensor | slice = slice(None)) -> Tensor:
-        """The pictures scaled to [-1, 1], as diffusers autoencoders take them."""
-        return self.images[rows].float() / 127.5 - 1
-
 
 def load_pictures(folder: Path, split: str) -> Pictures:
     """Read the `train` or `test` pictures of `folder`, 32x32 and grey (28x28 ones get a border of 2).

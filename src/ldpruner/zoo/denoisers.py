@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDIMScheduler
-from torch import Tensor
+from diffusers import DDIMScheduler, UNet2DModel
+from torch import Tensor, nn
+
+from ldpruner.zoo.training import Training, draw, train
 
 
 def new_scheduler() -> DDIMScheduler:
@@ -36,3 +39,17 @@ def velocity_error(
     timesteps = torch.randint(0, scheduler.config.num_train_timesteps, (len(clean),), generator=generator)
     predicted = predict(scheduler.add_noise(clean, noise, timesteps), timesteps)
     return F.mse_loss(predicted, scheduler.get_velocity(clean, noise, timesteps))
+
+
+def train_unconditional(denoiser: Callable[[], UNet2DModel], latents: Tensor, training: Training, folder: Path) -> UNet2DModel:
+    """Learn to predict the velocity of noisy latents, with a network that `denoiser` makes."""
+    scheduler = new_scheduler()
+
+    def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
+        clean = latents[draw(len(latents), training.batch_size, generator)]
+        return velocity_error(lambda noisy, times: module(noisy, times).sample, clean, scheduler, generator)
+
+    torch.manual_seed(training.seed)
+    trained = train(denoiser(), loss, training, folder)
+    assert isinstance(trained, UNet2DModel)
+    return trained

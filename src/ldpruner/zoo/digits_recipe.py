@@ -16,16 +16,17 @@ import torch.nn.functional as F
 from diffusers import AudioDiffusionPipeline, AutoencoderKL, Mel, UNet2DModel
 from torch import Tensor, nn
 
-from ldpruner.evaluation.judges import PictureClassifier, accuracy, load_judge, load_reference, save_judge, save_reference
+from ldpruner.datasets import signed
+from ldpruner.evaluation.judges import PictureClassifier, accuracy, save_judge, save_reference
 from ldpruner.files import staged_folder, write_json, write_text
 from ldpruner.pipelines import load
 from ldpruner.probes import Probe
 from ldpruner.reporting import grid, upright_spectrogram
 from ldpruner.sound import to_spectrogram
-from ldpruner.zoo.autoencoders import floats, kept_latents, reconstruct, train_autoencoder
-from ldpruner.zoo.denoisers import new_scheduler, velocity_error
+from ldpruner.zoo.autoencoders import kept_latents, reconstruct, train_autoencoder
+from ldpruner.zoo.denoisers import new_scheduler, train_unconditional
 from ldpruner.zoo.folders import Recordings, load_recordings
-from ldpruner.zoo.measuring import Shown, card, measure, network_facts, seen_by, weight_bytes
+from ldpruner.zoo.measuring import Shown, card, judge_in, measure, network_facts, seen_by, weight_bytes
 from ldpruner.zoo.training import Training, draw, train
 
 HELD_OUT_TAKES = 5  # the first takes of every speaker and digit test the judge, as the data set's own split has it
@@ -76,27 +77,13 @@ def new_denoiser() -> UNet2DModel:
     )
 
 
-def train_denoiser(latents: Tensor, training: Training, folder: Path) -> UNet2DModel:
-    """Learn to predict the velocity of noisy latents."""
-    scheduler = new_scheduler()
-
-    def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
-        clean = latents[draw(len(latents), training.batch_size, generator)]
-        return velocity_error(lambda noisy, times: module(noisy, times).sample, clean, scheduler, generator)
-
-    torch.manual_seed(training.seed)
-    denoiser = train(new_denoiser(), loss, training, folder)
-    assert isinstance(denoiser, UNet2DModel)
-    return denoiser
-
-
 def train_judge(pictures: Tensor, digits: Tensor, training: Training, folder: Path) -> PictureClassifier:
     """Learn to tell the digits apart, from spectrograms `(n, 1, 64, 64)` moved by up to 6 frames and 2 bands."""
 
     def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         rows = draw(len(pictures), training.batch_size, generator)
         frames, bands = (int(torch.randint(-most, most + 1, (), generator=generator)) for most in (6, 2))
-        return F.cross_entropy(module(moved(floats(pictures[rows]), bands, frames)), digits[rows], label_smoothing=0.05)
+        return F.cross_entropy(module(moved(signed(pictures[rows]), bands, frames)), digits[rows], label_smoothing=0.05)
 
     torch.manual_seed(training.seed)
     judge = train(PictureClassifier(classes="0123456789"), loss, training, folder)
@@ -122,17 +109,17 @@ def make(data: Path, out: Path, work: Path, recipe: DigitsRecipe) -> dict[str, A
     known = pictures[~held_out]
     autoencoder = train_autoencoder(known, recipe.autoencoder, work / "autoencoder")
     latents = kept_latents(autoencoder, known, work / "latents.safetensors")
-    denoiser = train_denoiser(latents, recipe.denoiser, work / "denoiser")
+    denoiser = train_unconditional(new_denoiser, latents, recipe.denoiser, work / "denoiser")
     judge = train_judge(known, recordings.digits[~held_out], recipe.judge, work / "judge")
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
-    count = min(recipe.judged_samples, len(order) * 2 // 3)
-    compared, others = pictures[order[:count]], pictures[order[count:]]
+    count = min(recipe.judged_samples, len(order) // 2)
+    compared, others = pictures[order[:count]], pictures[order[count : 2 * count]]
     with staged_folder(out) as scratch:
         assemble(autoencoder, denoiser, mel).save_pretrained(scratch)
         save_judge(judge, scratch / "judge")
-        save_reference(seen_by(load_judge(scratch / "judge"), Shown(pictures=compared)), scratch / "judge")
+        save_reference(seen_by(judge_in(scratch), compared), scratch / "judge")
         figures = measured(scratch, others, recipe, work / "cache")
-        unseen = seen_by(load_judge(scratch / "judge"), Shown(pictures=pictures[held_out]))
+        unseen = seen_by(judge_in(scratch), pictures[held_out])
         figures["judge"] = {
             "accuracy": accuracy(unseen["probabilities"], recordings.digits[held_out]),
             "held_out": int(held_out.sum()),
@@ -152,13 +139,13 @@ def measured(folder: Path, others: Tensor, recipe: DigitsRecipe, cache: Path) ->
 
     Beside the samples: other real recordings (the floor), and the autoencoder's reconstructions of these.
     """
-    pipeline, judge, reference = load(folder), load_judge(folder / "judge"), load_reference(folder / "judge")
+    pipeline = load(folder, device="cpu")
     probe = Probe(samples=recipe.judged_samples, num_inference_steps=recipe.judged_steps, seed=1000)
     columns = {
         "other real recordings": Shown(pictures=others),
         "their reconstructions": Shown(pictures=reconstruct(pipeline.pipe.vqvae, others)),
     }
-    figures = measure(pipeline, judge, reference, columns, probe, cache)
+    figures = measure(pipeline, judge_in(folder), columns, probe, cache)
     shown = pipeline.images(Probe(samples=32, num_inference_steps=recipe.judged_steps))
     upright = [upright_spectrogram(picture) for picture in shown]
     grid([upright[at : at + 8] for at in range(0, 32, 8)]).save(folder / "samples.png")

@@ -20,16 +20,17 @@ from tokenizers import Tokenizer, models, trainers
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from ldpruner.datasets import signed
 from ldpruner.evaluation import evaluate
-from ldpruner.evaluation.judges import CaptionJudge, load_judge, load_reference, save_judge, save_reference, words_of
+from ldpruner.evaluation.judges import CaptionJudge, save_judge, save_reference, words_of
 from ldpruner.files import staged_folder, write_json, write_text
 from ldpruner.pipelines import PROMPTS, Pipeline, load
 from ldpruner.probes import Probe
 from ldpruner.reporting import grid
-from ldpruner.zoo.autoencoders import floats, kept_latents, reconstruct, train_autoencoder
+from ldpruner.zoo.autoencoders import kept_latents, reconstruct, train_autoencoder
 from ldpruner.zoo.denoisers import new_scheduler, velocity_error
 from ldpruner.zoo.folders import CaptionedPictures, load_captioned
-from ldpruner.zoo.measuring import Shown, card, estimates_of, figures_of, measure, network_facts, seen_by, weight_bytes
+from ldpruner.zoo.measuring import Shown, card, estimates_of, figures_of, judge_in, measure, network_facts, seen_by, weight_bytes
 from ldpruner.zoo.training import Training, draw, train
 
 TOKENS = 20  # a prompt is cut or padded to these; the longest caption of the data takes 16
@@ -146,21 +147,21 @@ def train_judge(pictures: CaptionedPictures, training: Training, folder: Path) -
     moved, turned, scaled and tinted a little."""
     styles = sorted(set(pictures.styles))
     words = sorted({word for caption in pictures.captions for word in words_of(caption)})
+    torch.manual_seed(training.seed)
     judge = CaptionJudge(classes=styles, words=words)
     captions, labels = judge.rows(pictures.captions), torch.tensor([styles.index(style) for style in pictures.styles])
 
     def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         assert isinstance(module, CaptionJudge)
         rows = draw(len(captions), training.batch_size, generator)
-        seen = module.observe(disturbed(floats(pictures.images[rows]), generator))
+        seen = module.observe(disturbed(signed(pictures.images[rows]), generator))
         similar = seen["embeddings"] @ module.describe_rows(captions[rows]).T * module.log_scale.exp().clamp(max=50)
         same = (captions[rows][:, None] == captions[rows][None]).all(2) & ~torch.eye(len(rows), dtype=torch.bool)
         similar, own = similar.masked_fill(same, -1e4), torch.arange(len(rows))  # drawn twice: no wrong answer
         matching = F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)
         return matching + F.nll_loss(seen["probabilities"].clamp(min=1e-6).log(), labels[rows])
 
-    torch.manual_seed(training.seed)
-    trained = train(CaptionJudge(classes=styles, words=words), loss, training, folder)
+    trained = train(judge, loss, training, folder)
     assert isinstance(trained, CaptionJudge)
     return trained
 
@@ -207,9 +208,7 @@ def make(data: Path, out: Path, work: Path, recipe: EmojiRecipe) -> dict[str, An
         assemble(autoencoder, tokenizer, painter).save_pretrained(scratch)
         write_slow_tokenizer(tokenizer, scratch / "tokenizer")
         save_judge(judge, scratch / "judge")
-        save_reference(
-            seen_by(load_judge(scratch / "judge"), Shown(pictures=compared.images, captions=compared.captions)), scratch / "judge"
-        )
+        save_reference(seen_by(judge_in(scratch), compared.images), scratch / "judge")
         write_text(scratch / PROMPTS, "".join(f"{caption}\n" for caption in compared.captions))
         figures = measured(scratch, compared, others, pictures.of("test"), recipe, work / "cache")
         write_json(scratch / "figures.json", figures)
@@ -250,25 +249,25 @@ def measured(
     """The judge's figures on a pipeline folder as it was saved, and a sheet of samples beside it.
 
     Samples take the captions of the reference. Beside them: other real pictures (the floor), the autoencoder's
-    reconstructions of these, and samples and real pictures of captions that training never saw.
+    reconstructions of these, and samples and real pictures of pairs of a text and a style that training never saw.
     """
-    pipeline, judge, reference = load(folder), load_judge(folder / "judge"), load_reference(folder / "judge")
+    pipeline, judge = load(folder, device="cpu"), judge_in(folder)
     probe = Probe(samples=len(compared.texts), num_inference_steps=recipe.judged_steps, seed=1000, prompts=tuple(compared.captions))
     columns = {
         "other real pictures": Shown(pictures=others.images, captions=others.captions),
         "their reconstructions": Shown(pictures=reconstruct(pipeline.pipe.vae, others.images), captions=others.captions),
     }
-    figures = measure(pipeline, judge, reference, columns, probe, cache)
+    figures = measure(pipeline, judge, columns, probe, cache)
     unseen = Shown(pictures=held_out.images, captions=held_out.captions)
     asked = Probe(samples=len(held_out.texts), num_inference_steps=recipe.judged_steps, seed=9000, prompts=tuple(held_out.captions))
     by_caption = ("clip-score", "retrieval-1", "retrieval-5", "class-accuracy")
     figures["figures"] |= {
-        "samples of unseen captions": estimates_of(
+        "samples of unseen pairs": estimates_of(
             evaluate(pipeline, probe=asked, metrics=by_caption, features=["judge"], cache=cache)
         ),
-        "real pictures of these": {name: value for name, value in figures_of(seen_by(judge, unseen)).items() if name in by_caption},
+        "real pictures of these": {name: value for name, value in figures_of(judge, unseen).items() if name in by_caption},
     }
-    figures["counts"] |= {"samples of unseen captions": asked.samples, "real pictures of these": asked.samples}
+    figures["counts"] |= {"samples of unseen pairs": asked.samples, "real pictures of these": asked.samples}
     sheet(pipeline, recipe).save(folder / "samples.png")
     return figures | weight_bytes(folder) | {"recipe": asdict(recipe)}
 
@@ -312,8 +311,8 @@ def card_of(figures: dict[str, Any]) -> str:
         },
         quality=(
             f"The judge (`judge/`) is a caption-image dual encoder that also tells the styles apart. On {count} real pictures that "
-            f"neither it nor the pipeline was trained on, it finds the caption among {count} at R@1 "
-            f"{_share(real['retrieval-1'])}, R@5 {_share(real['retrieval-5'])}, and the style in "
+            f"neither it nor the pipeline was trained on (most of their texts it knows in another style), it finds "
+            f"the caption among {count} at R@1 {_share(real['retrieval-1'])}, R@5 {_share(real['retrieval-5'])}, and the style in "
             f"{_share(real['class-accuracy'])}. The reference is {figures['counts']['reference']:,} real pictures, these among "
             "them; samples take their captions. The floor is other real pictures against the reference; most of them, and their "
             "captions, were seen in training by the judge and by the pipeline."

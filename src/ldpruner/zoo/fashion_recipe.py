@@ -14,19 +14,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from diffusers import LDMPipeline, UNet2DModel, VQModel
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from ldpruner.evaluation.judges import PictureClassifier, accuracy, load_judge, load_reference, save_judge, save_reference
+from ldpruner.datasets import signed
+from ldpruner.evaluation.judges import PictureClassifier, accuracy, save_judge, save_reference
 from ldpruner.files import staged_folder, write_json, write_text
 from ldpruner.pipelines import load
 from ldpruner.probes import Probe
 from ldpruner.reporting import grid
-from ldpruner.zoo.autoencoders import floats
+from ldpruner.zoo.autoencoders import encode, kept_latents, reconstruct
 from ldpruner.zoo.data import Pictures, load_pictures
-from ldpruner.zoo.denoisers import new_scheduler, velocity_error
-from ldpruner.zoo.measuring import Shown, card, measure, network_facts, seen_by, weight_bytes
+from ldpruner.zoo.denoisers import new_scheduler, train_unconditional
+from ldpruner.zoo.measuring import Shown, card, judge_in, measure, network_facts, seen_by, weight_bytes
 from ldpruner.zoo.training import Training, draw, train
 
 CLASSES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
@@ -91,7 +90,7 @@ def train_autoencoder(pictures: Pictures, recipe: FashionRecipe, folder: Path) -
 
     def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         assert isinstance(module, VQModel)
-        images = pictures.floats(draw(len(pictures.images), training.batch_size, generator))
+        images = signed(pictures.images[draw(len(pictures.images), training.batch_size, generator)])
         latents = module.encode(images).latents
         if step == quantize_from:
             _fill_codebook(module, pictures, generator)
@@ -103,45 +102,16 @@ def train_autoencoder(pictures: Pictures, recipe: FashionRecipe, folder: Path) -
     torch.manual_seed(training.seed)
     autoencoder = train(new_autoencoder(), loss, training, folder)
     assert isinstance(autoencoder, VQModel)
-    autoencoder.register_to_config(scaling_factor=float(1 / encode(autoencoder, pictures.floats(slice(0, 4000))).std()))
+    autoencoder.register_to_config(scaling_factor=float(1 / encode(autoencoder, pictures.images[:4000]).std()))
     return autoencoder
 
 
 @torch.no_grad()
 def _fill_codebook(autoencoder: VQModel, pictures: Pictures, generator: torch.Generator) -> None:
     codes = autoencoder.quantize.embedding.weight
-    images = pictures.floats(draw(len(pictures.images), 512, generator))
+    images = pictures.images[draw(len(pictures.images), 512, generator)]
     vectors = encode(autoencoder, images).permute(0, 2, 3, 1).reshape(-1, codes.shape[1])
     codes.copy_(vectors[draw(len(vectors), len(codes), generator)])
-
-
-@torch.no_grad()
-def encode(autoencoder: VQModel, images: Tensor) -> Tensor:
-    """Latents `(n, 4, 8, 8)` of pictures, before scaling and quantising."""
-    return torch.cat([autoencoder.encode(part).latents for part in torch.split(images, 250)])
-
-
-def training_latents(autoencoder: VQModel, pictures: Pictures, path: Path) -> Tensor:
-    """The scaled latents of all pictures, computed once and kept in `path`."""
-    if not path.exists():
-        parts = tqdm(torch.split(torch.arange(len(pictures.images)), 1000), desc="latents", mininterval=5)
-        latents = torch.cat([encode(autoencoder, pictures.floats(rows)) for rows in parts])
-        save_file({"latents": (latents * autoencoder.config["scaling_factor"]).contiguous()}, path)
-    return load_file(path)["latents"]
-
-
-def train_denoiser(latents: Tensor, training: Training, folder: Path) -> UNet2DModel:
-    """Learn to predict the velocity of noisy latents."""
-    scheduler = new_scheduler()
-
-    def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
-        clean = latents[draw(len(latents), training.batch_size, generator)]
-        return velocity_error(lambda noisy, times: module(noisy, times).sample, clean, scheduler, generator)
-
-    torch.manual_seed(training.seed)
-    denoiser = train(new_denoiser(), loss, training, folder)
-    assert isinstance(denoiser, UNet2DModel)
-    return denoiser
 
 
 def train_judge(pictures: Pictures, training: Training, folder: Path) -> PictureClassifier:
@@ -150,7 +120,7 @@ def train_judge(pictures: Pictures, training: Training, folder: Path) -> Picture
     def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         rows = draw(len(pictures.images), training.batch_size, generator)
         shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
-        images = pictures.floats(rows).roll(shift, (2, 3))
+        images = signed(pictures.images[rows]).roll(shift, (2, 3))
         return F.cross_entropy(module(images), pictures.labels[rows], label_smoothing=0.05)
 
     torch.manual_seed(training.seed)
@@ -166,14 +136,14 @@ def make(data: Path, out: Path, work: Path, recipe: FashionRecipe) -> dict[str, 
     """
     pictures, unseen = load_pictures(data, "train"), load_pictures(data, "test")
     autoencoder = train_autoencoder(pictures, recipe, work / "autoencoder")
-    latents = training_latents(autoencoder, pictures, work / "latents.safetensors")
-    denoiser = train_denoiser(latents, recipe.denoiser, work / "denoiser")
+    latents = kept_latents(autoencoder, pictures.images, work / "latents.safetensors")
+    denoiser = train_unconditional(new_denoiser, latents, recipe.denoiser, work / "denoiser")
     judge = train_judge(pictures, recipe.judge, work / "judge")
+    shuffled = unseen.images[torch.randperm(len(unseen.images), generator=torch.Generator().manual_seed(0))]
     with staged_folder(out) as scratch:
         LDMPipeline(vqvae=autoencoder.half(), unet=denoiser.half(), scheduler=new_scheduler()).save_pretrained(scratch)
         save_judge(judge, scratch / "judge")
-        reference = seen_by(load_judge(scratch / "judge"), Shown(pictures=unseen.images[: recipe.judged_samples]))
-        save_reference(reference, scratch / "judge")
+        save_reference(seen_by(judge_in(scratch), shuffled[: recipe.judged_samples]), scratch / "judge")
         figures = measured(scratch, pictures, unseen, recipe, work / "cache")
         write_json(scratch / "figures.json", figures)
         write_text(scratch / "README.md", card_of(figures))
@@ -185,26 +155,20 @@ def measured(folder: Path, pictures: Pictures, unseen: Pictures, recipe: Fashion
 
     The reference is test pictures. Beside the samples: training pictures (the floor), and their reconstructions.
     """
-    pipeline, judge, reference = load(folder), load_judge(folder / "judge"), load_reference(folder / "judge")
+    pipeline = load(folder, device="cpu")
     probe = Probe(samples=recipe.judged_samples, num_inference_steps=recipe.judged_steps, seed=1000)
-    others = pictures.images[: recipe.judged_samples]
+    order = torch.randperm(len(pictures.images), generator=torch.Generator().manual_seed(0))
+    others = pictures.images[order[: recipe.judged_samples]]
     columns = {
         "training pictures": Shown(pictures=others),
         "their reconstructions": Shown(pictures=reconstruct(pipeline.pipe.vqvae, others)),
     }
-    figures = measure(pipeline, judge, reference, columns, probe, cache)
-    probabilities = seen_by(judge, Shown(pictures=unseen.images))["probabilities"]
+    figures = measure(pipeline, judge_in(folder), columns, probe, cache)
+    probabilities = seen_by(judge_in(folder), unseen.images)["probabilities"]
     figures["judge"] = {"accuracy": accuracy(probabilities, unseen.labels), "held_out": len(unseen.images)}
     shown = pipeline.images(Probe(samples=64, num_inference_steps=recipe.judged_steps, seed=1000))
     grid([shown[first : first + 16] for first in range(0, 64, 16)], side=48).save(folder / "samples.png")
     return figures | weight_bytes(folder) | {"recipe": asdict(recipe)}
-
-
-@torch.inference_mode()
-def reconstruct(autoencoder: VQModel, images: Tensor) -> Tensor:
-    """uint8 pictures through the encoder and the decoder, uint8 again."""
-    parts = [autoencoder(floats(part)).sample for part in torch.split(images, 250)]
-    return ((torch.cat(parts).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 
 def card_of(figures: dict[str, Any]) -> str:
@@ -229,7 +193,7 @@ def card_of(figures: dict[str, Any]) -> str:
         },
         quality=(
             f"The judge (`judge/`) is a classifier of the ten kinds of garment, with {judge['accuracy'] * 100:.2f} % accuracy on "
-            f"{judge['held_out']:,} test pictures. The reference is the first {figures['counts']['reference']:,} of these; "
+            f"{judge['held_out']:,} test pictures. The reference is {figures['counts']['reference']:,} of these; "
             "the floor is training pictures against it."
         ),
         figures=figures,

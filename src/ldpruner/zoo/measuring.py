@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from ldpruner.evaluation import METRICS, Evaluation, evaluate
-from ldpruner.evaluation.base import Evidence, Stream
-from ldpruner.evaluation.judges import CaptionJudge, Judge, Seen, observe_all
+from ldpruner.evaluation.base import Evidence
+from ldpruner.evaluation.features import FeatureNet, judge
+from ldpruner.evaluation.judges import Seen, load_reference
+from ldpruner.evaluation.streams import caption_streams, split
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
-from ldpruner.zoo.autoencoders import floats
+from ldpruner.reporting import environment_line, estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,19 +30,23 @@ class Shown:
     captions: Sequence[str] = ()
 
 
-def seen_by(judge: Judge, shown: Shown) -> Seen:
-    """What a judge makes of pictures and of their captions, `captions` and `labels` among it."""
-    seen = observe_all(judge, (floats(part) for part in torch.split(shown.pictures, 200)))
-    if shown.captions and isinstance(judge, CaptionJudge):
-        with torch.inference_mode():
-            seen["captions"] = judge.describe(shown.captions)
-        seen["labels"] = torch.tensor([-1 if label is None else label for label in map(judge.label, shown.captions)])
-    return seen
+def judge_in(folder: Path) -> FeatureNet:
+    """The judge of a pipeline folder, as `evaluate` uses it."""
+    return judge(folder / "judge", "judge")
 
 
-def figures_of(seen: Seen, reference: Seen | None = None) -> dict[str, dict[str, float | None]]:
+def seen_by(net: FeatureNet, pictures: Tensor) -> Seen:
+    """What a judge makes of uint8 pictures `(n, c, h, w)`."""
+    with torch.inference_mode():
+        parts = [net.observe(part) for part in torch.split(pictures, 200)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def figures_of(net: FeatureNet, shown: Shown, reference: Seen | None = None) -> dict[str, dict[str, float | None]]:
     """Every metric that these allow: `{metric: {value, error}}`."""
-    evidence = Evidence(samples=_streams(seen), reference=_streams(reference or {}), original={})
+    streams = {name: split(tensor) for name, tensor in seen_by(net, shown.pictures).items()}
+    real = {name: split(tensor) for name, tensor in (reference or {}).items()}
+    evidence = Evidence(samples=streams | caption_streams(net, shown.captions), reference=real, original={})
     estimates = {name: METRICS[name].measure(evidence) for name in METRICS if evidence.has(METRICS[name].needs)}
     return {name: {"value": estimate.value, "error": estimate.error} for name, estimate in estimates.items()}
 
@@ -57,31 +63,34 @@ def weight_bytes(folder: Path) -> dict[str, int]:
     return {"bytes": sum(sizes.values()) - of_judge, "judge_bytes": of_judge}
 
 
-def _streams(seen: Seen) -> dict[str, Stream]:
-    return {name: lambda tensor=tensor: iter(torch.split(tensor, 250)) for name, tensor in seen.items()}  # type: ignore[misc]
+def measure(pipeline: Pipeline, net: FeatureNet, compared: Mapping[str, Shown], probe: Probe, cache: Path) -> dict[str, Any]:
+    """The judge's figures on samples, made and measured by `evaluate`, and on what else is compared with the reference.
 
-
-def measure(
-    pipeline: Pipeline, judge: Judge, reference: Seen, compared: Mapping[str, Shown], probe: Probe, cache: Path
-) -> dict[str, Any]:
-    """The judge's figures on samples, made and measured by `evaluate`, and on what else is compared with the reference."""
-    of_samples = evaluate(pipeline, probe=probe, batch_size=min(100, probe.samples), cache=cache)
+    Where there is less of that than of samples, these are measured a second time, as many of them: a Fréchet distance
+    falls as samples become more.
+    """
+    assert net.reference is not None
+    reference = load_reference(net.reference)
+    size = min(100, probe.samples)
+    of_samples = evaluate(pipeline, probe=probe, features=[net], batch_size=size, cache=cache)
+    figures, counts = {"samples": estimates_of(of_samples)}, {"samples": probe.samples}
+    fewest = min(len(shown.pictures) for shown in compared.values())
+    if fewest < probe.samples:
+        fewer = replace(probe, samples=fewest)
+        figures["as many samples"] = estimates_of(evaluate(pipeline, probe=fewer, features=[net], batch_size=size, cache=cache))
+        counts["as many samples"] = fewest
     operators = discover(pipeline.denoiser, pipeline.call(probe), timing_repeats=0).operators
     modules = {name: part for name, part in pipeline.pipe.components.items() if isinstance(part, nn.Module)}
     return {
-        "figures": {
-            "samples": estimates_of(of_samples),
-            **{name: figures_of(seen_by(judge, shown), reference) for name, shown in compared.items()},
-        },
-        "counts": {
-            "samples": probe.samples,
-            "reference": len(reference["features"]),
-            **{name: len(shown.pictures) for name, shown in compared.items()},
-        },
+        "figures": figures | {name: figures_of(net, shown, reference) for name, shown in compared.items()},
+        "counts": counts
+        | {name: len(shown.pictures) for name, shown in compared.items()}
+        | {"reference": len(reference["features"])},
         "num_inference_steps": probe.num_inference_steps,
         "operators": len([operator for operator in operators if operator.candidates]),
         "params": {name: sum(p.numel() for p in module.parameters()) for name, module in modules.items()},
         "seconds": of_samples.seconds,
+        "generated": of_samples.generated,
         "peak_bytes": of_samples.peak_bytes,
         "environment": of_samples.environment,
     }
@@ -100,16 +109,8 @@ def quality_table(figures: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _cell(estimate: Mapping[str, float | None] | None) -> str:
-    if estimate is None:
-        return ""
-    error = f" ± {estimate['error']:.4f}" if estimate["error"] is not None else ""
-    return f"{estimate['value']:.4f}{error}"
-
-
-def environment_line(environment: Mapping[str, Any]) -> str:
-    """Where the figures were taken, in one line."""
-    return ", ".join(f"{key} {value}" for key, value in environment.items())
+def _cell(found: Mapping[str, float | None] | None) -> str:
+    return "" if found is None or found["value"] is None else estimate(found["value"], found["error"])
 
 
 def card(
@@ -120,9 +121,9 @@ def card(
     seconds = figures["seconds"]
     how = (
         f"Samples took {figures['num_inference_steps']} steps each. These figures compare with each other only, not with those of "
-        f"Inception's features. Generating took {seconds['generating']:.0f} s, "
-        f"the judge's look at the samples {seconds['looking']:.0f} s, "
-        f"the metrics {seconds['measuring']:.0f} s; the process held {figures['peak_bytes'] / 1e6:.0f} MB at most. "
+        f"Inception's features. Generating {figures['generated']:,} of them took {seconds['generating']:.0f} s, "
+        f"the judge's look at all {seconds['looking']:.0f} s, the metrics {seconds['measuring']:.0f} s; meanwhile the process "
+        f"held {(figures['peak_bytes'] or 0) / 1e6:.0f} MB at most. "
         f"Measured by the same command that trains ({environment_line(figures['environment'])})."
     )
     return f"""---

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
+from ldpruner.errors import RunError
 from ldpruner.files import append_json_line, read_json_lines, write_text
 
 Loss = Callable[[nn.Module, torch.Generator, int], Tensor]
@@ -109,8 +110,11 @@ class _State:
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
         with safe_open(path, framework="pt") as stored:
-            for name, tensor in self.tensors().items():
-                tensor.copy_(stored.get_tensor(name))
+            try:
+                for name, tensor in self.tensors().items():
+                    tensor.copy_(stored.get_tensor(name))
+            except (SafetensorError, RuntimeError) as error:
+                raise RunError(f"{path}: is the checkpoint of another network. Name another folder with --work.") from error
             return int(stored.metadata()["step"])
 
 
