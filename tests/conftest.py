@@ -46,13 +46,12 @@ Command = Callable[..., tuple[int, str, str]]
 PROBE = Probe(samples=3, num_inference_steps=2)
 
 
-def tiny_ldm() -> LDMPipeline:
-    """An unconditional pipeline with residual blocks, shortcuts and attention, some 40 operators and 4x4 latents."""
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
+def tiny_unet(*, size: int | tuple[int, int], channels: int) -> UNet2DModel:
+    """A denoiser of square latents, with residual blocks, shortcuts and attention."""
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(8, 16),
         layers_per_block=1,
         norm_num_groups=4,
@@ -60,6 +59,12 @@ def tiny_ldm() -> LDMPipeline:
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),
         up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )
+
+
+def tiny_ldm() -> LDMPipeline:
+    """An unconditional pipeline with residual blocks, shortcuts and attention, some 40 operators and 4x4 latents."""
+    torch.manual_seed(0)
+    unet = tiny_unet(size=4, channels=4)
     vqvae = VQModel(
         in_channels=1, out_channels=1, block_out_channels=(8,), latent_channels=4, norm_num_groups=4, num_vq_embeddings=16
     )
@@ -67,15 +72,20 @@ def tiny_ldm() -> LDMPipeline:
     return LDMPipeline(vqvae=vqvae.eval(), unet=unet.eval(), scheduler=scheduler)
 
 
+def letter_tokenizer(length: int) -> CLIPTokenizer:
+    """A tokenizer of CLIP's form that knows single letters."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=length)
+
+
 def tiny_stable_diffusion(folder: Path) -> StableDiffusionPipeline:
     """A text-to-image pipeline with cross-attention and a tokenizer that knows single letters."""
     torch.manual_seed(0)
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=8)
+    tokenizer = letter_tokenizer(length=8)
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(words),
+            vocab_size=len(tokenizer),
             hidden_size=16,
             intermediate_size=32,
             num_attention_heads=2,
@@ -112,17 +122,7 @@ def tiny_stable_diffusion(folder: Path) -> StableDiffusionPipeline:
 def tiny_audio() -> AudioDiffusionPipeline:
     """An unconditional pipeline whose 16x16 pictures are mel spectrograms of a quarter of a second."""
     torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=(8, 8),
-        in_channels=2,
-        out_channels=2,
-        block_out_channels=(8, 16),
-        layers_per_block=1,
-        norm_num_groups=4,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+    unet = tiny_unet(size=(8, 8), channels=2)
     vqvae = AutoencoderKL(
         in_channels=1,
         out_channels=1,

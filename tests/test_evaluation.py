@@ -28,11 +28,10 @@ from transformers import (
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
-    CLIPTokenizer,
     RobertaTokenizer,
 )
 
-from conftest import tiny_audio, tiny_ldm
+from conftest import letter_tokenizer, tiny_audio, tiny_ldm
 from ldpruner import Probe
 from ldpruner.evaluation import METRICS, FeatureNet, captions, coverage, evaluate, kernel, labels, paired
 from ldpruner.evaluation.base import Stream, rows
@@ -407,12 +406,11 @@ def test_fid_and_kid_go_through_inception_from_a_file(ldm: Pipeline, tmp_path: P
 
 
 def tiny_clip(folder: Path) -> Path:
-    letters = "abcdefghijklmnopqrstuvwxyz"
-    words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    tokenizer = letter_tokenizer(length=16)
     size = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
     text = {
         **size,
-        "vocab_size": len(words),
+        "vocab_size": len(tokenizer),
         "max_position_embeddings": 16,
         "bos_token_id": 0,
         "eos_token_id": 1,
@@ -423,7 +421,7 @@ def tiny_clip(folder: Path) -> Path:
         CLIPConfig(text_config=text, vision_config={**size, "image_size": 32, "patch_size": 16}, projection_dim=8)
     ).save_pretrained(folder)
     CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -20,14 +20,15 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from scipy.io import wavfile
 from torch import nn
 from transformers import CLIPTokenizer
 
 from ldpruner import Probe, load
 from ldpruner.evaluation import evaluate
 from ldpruner.pipelines import locate
-from ldpruner.sound import write_wav
-from ldpruner.zoo import commands, digits_recipe, emoji_recipe
+from ldpruner.sound import read_wav, write_wav
+from ldpruner.zoo import autoencoders, commands, digits_recipe, emoji_recipe
 from ldpruner.zoo.data import load_pictures
 from ldpruner.zoo.folders import load_captioned, load_recordings
 from ldpruner.zoo.training import Training, train
@@ -239,6 +240,55 @@ def test_data_that_is_no_data_says_what_is_expected(tmp_path: Path) -> None:
     (tmp_path / "broken.zip").write_bytes(b"no zip")
     with pytest.raises(ValueError, match=r"broken\.zip: is neither a folder nor a zip file"):
         load_captioned(tmp_path / "broken.zip")
+
+
+def test_a_zip_of_a_folder_is_read_as_the_folder_is(emoji_data: Path, tmp_path: Path) -> None:
+    with ZipFile(emoji_data) as flat, ZipFile(tmp_path / "nested.zip", "w") as nested:
+        for name in flat.namelist():
+            nested.writestr(f"emoji/{name}", flat.read(name))
+        flat.extractall(tmp_path / "folder")
+    whole = load_captioned(emoji_data)
+    for path in (tmp_path / "nested.zip", tmp_path / "folder"):
+        again = load_captioned(path)
+        assert torch.equal(again.images, whole.images)
+        assert again.captions == whole.captions
+
+
+def test_a_damaged_member_of_a_zip_is_named(emoji_data: Path, tmp_path: Path) -> None:
+    raw = bytearray(emoji_data.read_bytes())
+    raw[60:90] = bytes(30)
+    (tmp_path / "damaged.zip").write_bytes(raw)
+    with pytest.raises(ValueError, match=r"damaged\.zip: flat/0\.png (cannot be read|is no picture)"):
+        load_captioned(tmp_path / "damaged.zip")
+
+
+def test_wav_files_of_every_format_are_silent_where_they_are_silent(tmp_path: Path) -> None:
+    for dtype, silence in ((np.uint8, 128), (np.int16, 0), (np.int32, 0), (np.float32, 0)):
+        file = tmp_path / "silence.wav"
+        wavfile.write(file, 8000, np.full(100, silence, dtype))
+        wave, rate = read_wav(file.read_bytes(), "silence.wav")
+        assert rate == 8000
+        assert not wave.any()
+    wavfile.write(file, 8000, np.stack([np.full(9, 16384, np.int16), np.zeros(9, np.int16)], 1))
+    assert read_wav(file.read_bytes(), "")[0].tolist() == [0.25] * 9
+
+
+def test_latents_belong_to_the_autoencoder_that_made_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = (autoencoders.new_autoencoder(1).eval() for _ in range(2))
+    images = torch.randint(0, 255, (3, 1, 64, 64), dtype=torch.uint8)
+    made = [autoencoders.kept_latents(each, images, tmp_path / "latents.safetensors") for each in (first, first, second)]
+    assert torch.equal(made[0], made[1])
+    assert not torch.equal(made[0], made[2])
+    assert len(autoencoders.kept_latents(second, images[:2], tmp_path / "latents.safetensors")) == 2
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path: Path) -> None:
+    train(new_line(), line_loss, Training(steps=2, checkpoint_every=1), tmp_path)
+    wider = Line()
+    wider.map = nn.Linear(5, 1)
+    with pytest.raises(ValueError, match=r"checkpoint\.safetensors: is the checkpoint of another network\. Name another folder"):
+        train(wider, line_loss, Training(steps=4), tmp_path)
 
 
 def test_the_tokenizer_is_the_same_in_the_files_of_transformers_4_and_5(tmp_path: Path) -> None:
