@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,21 @@ def test_prompts_for_a_pipeline_that_takes_none_are_refused(models: dict[str, Pa
     code, _, err = command("sample", models["audio"], "--out", tmp_path / "out", "--prompt", "a dog", *FEW)
     assert code == 2
     assert "AudioDiffusionPipeline takes no prompt. Leave it out." in err
+
+
+def test_guidance_is_the_folder_s_own_where_it_has_one(models: dict[str, Path]) -> None:
+    usual = models["sd"] / "generation.json"
+    usual.write_text('{"guidance_scale": 2.5}', encoding="utf-8")
+    pipeline, probe = load(models["sd"]), Probe(samples=2, num_inference_steps=1)
+    try:
+        assert pipeline.completed(probe).guidance_scale == 2.5
+        assert torch.equal(pipeline.latents(probe), pipeline.latents(replace(probe, guidance_scale=2.5)))
+        assert pipeline.completed(replace(probe, guidance_scale=1.0)).guidance_scale == 1.0
+        usual.write_text("{}", encoding="utf-8")
+        with pytest.raises(ValueError, match=r"generation\.json: cannot be read \('guidance_scale'\)\. Expected"):
+            pipeline.latents(probe)
+    finally:
+        usual.unlink()
 
 
 def test_guidance_changes_what_is_generated_and_scored(models: dict[str, Path]) -> None:

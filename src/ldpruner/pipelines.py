@@ -38,6 +38,7 @@ _DENOISERS = ("unet", "transformer")
 
 
 PROMPTS = "prompts.txt"  # one prompt a line: beside a pipeline's model_index.json, or ours
+USUAL = "generation.json"  # how a pipeline is usually run, where its class's defaults do not suit it: {"guidance_scale": 3.0}
 
 
 class _SeenEnoughError(Exception):
@@ -86,20 +87,23 @@ class Pipeline:
         return getattr(self.pipe, "mel", None)
 
     def completed(self, probe: Probe) -> Probe:
-        """The probe with prompts, where the pipeline wants some and the probe has none.
+        """The probe with prompts and a guidance scale, where the pipeline wants them and the probe has none.
 
-        They come from `prompts.txt` in the pipeline's folder, or from a short list that ships: one for each sample, in turn.
+        Prompts come from `prompts.txt` in the pipeline's folder, or from a short list that ships: one for each sample, in turn.
+        The guidance scale comes from `generation.json` in the folder; without it, the pipeline's class has its own.
         """
-        if probe.prompts or "prompt" not in self._accepted():
-            return probe
-        return replace(probe, prompts=read_prompts(self.prompts_file or Path(__file__).with_name(PROMPTS))[: probe.samples])
+        accepted, changes = self._accepted(), dict[str, Any]()
+        if not probe.prompts and "prompt" in accepted:
+            file = self.own_files().get(PROMPTS, Path(__file__).with_name(PROMPTS))
+            changes["prompts"] = read_prompts(file)[: probe.samples]
+        if probe.guidance_scale is None and "guidance_scale" in accepted and USUAL in self.own_files():
+            changes["guidance_scale"] = read_usual(self.own_files()[USUAL])
+        return replace(probe, **changes)
 
-    @property
-    def prompts_file(self) -> Path | None:
-        """The pipeline's own `prompts.txt`, where its folder has one."""
+    def own_files(self) -> dict[str, Path]:
+        """Where the pipeline's own `prompts.txt` and `generation.json` are, as far as its folder has them."""
         folder = Path(locate(self.source)) if self.source.startswith("zoo:") else self.folder
-        beside = folder / PROMPTS if folder else None
-        return beside if beside and beside.is_file() else None
+        return {name: folder / name for name in (PROMPTS, USUAL) if folder and (folder / name).is_file()}
 
     def _accepted(self) -> set[str]:
         return set(inspect.signature(self.pipe.__call__).parameters)
@@ -187,6 +191,7 @@ class Pipeline:
 
     def _generate(self, probe: Probe, rows: range) -> Any:
         """One call of the pipeline; None where it was stopped on the way."""
+        probe = self.completed(probe)
         generators = [torch.Generator("cpu").manual_seed(probe.seed + row) for row in rows]
         accepted = self._accepted()
         steps = "num_inference_steps" if "num_inference_steps" in accepted else "steps"
@@ -195,8 +200,7 @@ class Pipeline:
             if asked and name not in accepted:
                 raise PipelineError(f"{self.source}: {type(self.pipe).__name__} takes no {name}. Leave it out.")
         if "prompt" in accepted:
-            prompts = self.completed(probe).prompts
-            arguments["prompt"] = [prompts[row % len(prompts)] for row in rows]
+            arguments["prompt"] = [probe.prompts[row % len(probe.prompts)] for row in rows]
         elif "batch_size" in accepted:
             arguments["batch_size"] = len(rows)
         if probe.guidance_scale is not None:
@@ -262,6 +266,14 @@ def _batches(samples: int, size: int, first: int = 0) -> Iterator[range]:
 def _as_tensor(image: Image.Image) -> Tensor:
     array = np.array(image)
     return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1)
+
+
+def read_usual(path: Path) -> float:
+    """The guidance scale in a `generation.json`. Raises `PipelineError`."""
+    try:
+        return float(json.loads(path.read_text(encoding="utf-8"))["guidance_scale"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise PipelineError(f'{path}: cannot be read ({error}). Expected {{"guidance_scale": NUMBER}}.') from error
 
 
 Model: TypeAlias = str | os.PathLike[str] | DiffusionPipeline | Pipeline

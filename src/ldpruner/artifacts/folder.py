@@ -14,7 +14,7 @@ from ldpruner import ldpruner_v1
 from ldpruner.artifacts.dense import densify
 from ldpruner.errors import UnknownNameError, suggest
 from ldpruner.files import staged_folder, write_json
-from ldpruner.pipelines import FORMAT_MODULE, PROMPTS, Pipeline
+from ldpruner.pipelines import FORMAT_MODULE, Pipeline
 from ldpruner.plans import Plan
 from ldpruner.surgery import Fitted, removed_operators
 
@@ -35,7 +35,8 @@ def save(
     record: Mapping[str, Any] | None = None,
     fitted: Fitted | None = None,
 ) -> None:
-    """Write `pipeline` around the denoiser `pruned` to `out`, with `pruning_plan.json`, `record.json`, and its `prompts.txt`.
+    """Write `pipeline` around the denoiser `pruned` to `out`, with `pruning_plan.json`, `record.json`, and its own
+    `prompts.txt` and `generation.json`.
 
     The folder is written aside and renamed: it is whole or absent. Raises `ArtifactError` where the disk refuses, or the
     dense form cannot hold an edit.
@@ -47,8 +48,8 @@ def save(
             pipeline.pipe.save_pretrained(scratch)
         if form == "portable" and removed_operators(denoiser):
             _make_portable(scratch, pipeline.component)
-        if pipeline.prompts_file:
-            shutil.copyfile(pipeline.prompts_file, scratch / PROMPTS)
+        for name, file in pipeline.own_files().items():
+            shutil.copyfile(file, scratch / name)
         plan.save(scratch / "pruning_plan.json")
         write_json(scratch / "record.json", {"form": form, "base": pipeline.source, **(record or {})})
 

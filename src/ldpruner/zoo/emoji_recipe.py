@@ -24,7 +24,7 @@ from ldpruner.datasets import signed
 from ldpruner.evaluation import evaluate
 from ldpruner.evaluation.judges import CaptionJudge, save_judge, save_reference, words_of
 from ldpruner.files import staged_folder, write_json, write_text
-from ldpruner.pipelines import PROMPTS, Pipeline, load
+from ldpruner.pipelines import PROMPTS, USUAL, Pipeline, load
 from ldpruner.probes import Probe
 from ldpruner.reporting import grid
 from ldpruner.zoo.autoencoders import kept_latents, reconstruct, train_autoencoder
@@ -35,6 +35,7 @@ from ldpruner.zoo.training import Training, draw, train
 
 TOKENS = 20  # a prompt is cut or padded to these; the longest caption of the data takes 16
 WIDTH = 128  # numbers that the text encoder gives for each token
+GUIDANCE = 3.0  # Stable Diffusion's usual 7.5 paints the white ground
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -209,6 +210,7 @@ def make(data: Path, out: Path, work: Path, recipe: EmojiRecipe) -> dict[str, An
         write_slow_tokenizer(tokenizer, scratch / "tokenizer")
         save_judge(judge, scratch / "judge")
         save_reference(seen_by(judge_in(scratch), compared.images), scratch / "judge")
+        write_json(scratch / USUAL, {"guidance_scale": GUIDANCE})
         write_text(scratch / PROMPTS, "".join(f"{caption}\n" for caption in compared.captions))
         figures = measured(scratch, compared, others, pictures.of("test"), recipe, work / "cache")
         write_json(scratch / "figures.json", figures)
@@ -304,6 +306,7 @@ def card_of(figures: dict[str, Any]) -> str:
             "text encoder": f"`CLIPTextModel`, {TOKENS} tokens to {TOKENS}x{WIDTH}, trained with the denoiser",
             "denoiser": "`UNet2DConditionModel`, self- and cross-attention at 8x8, 4x4 and 2x2",
             "scheduler": "`DDIMScheduler`, v-prediction",
+            "guidance scale": f"{GUIDANCE} (`generation.json`, which ldpruner reads; say so to plain diffusers)",
             **network_facts(figures, ("autoencoder", "denoiser", "judge")),
             "data": "emoji of three open sets, split `train`: Google Noto (Apache-2.0), Twitter Twemoji (CC-BY 4.0), Microsoft "
             "Fluent 3D (MIT); names from Unicode CLDR",
