@@ -72,9 +72,8 @@ def ladder(name: str, options: argparse.Namespace) -> dict[str, Any]:
         pruned = ldpruner.prune(original, {"latency": budget}, probe=run.probe, run=options.work / name / "run")
         smaller = Pipeline(pruned.pipe, source=model)
         measured = evaluate(smaller, original, probe=probe, batch_size=options.batch_size, cache=options.work / "cache")
-        rungs.append(
-            {"budget": budget, "edits": [asdict(edit) for edit in pruned.plan.edits], **pruned.summary()} | of(measured, 0)
-        )
+        edits = [asdict(edit) for edit in pruned.plan.edits]
+        rungs.append({**pruned.summary(), "budget": budget, "edits": edits, **of(measured, 0)})
         rows.append(smaller.images(look))
     base = of(measured, 1)
     show(original, rows, ["original", *options.budgets], name, options.out)
@@ -126,14 +125,14 @@ def cards(names: Sequence[str]) -> str:
     row("removable operators", [str(each["operators"]) for each in every])
     row("weights, MB", [f"{each['bytes'] / 1e6:.1f}" for each in every])
     row("judge, MB", [f"{each['judge_bytes'] / 1e6:.1f}" for each in every])
-    for name, metric in METRICS.items():
+    for name in METRICS:
         for samples in (True, False):
             title, cells = "samples" if samples else "real data", []
             for each in every:
                 found = each["figures"]["samples" if samples else floor_of(each["figures"])].get(name)
                 cells.append(f"{found['value']:.4f}" if found else "")
             if any(cells):
-                row(f"{metric.title}, {title}", cells)
+                row(f"{METRICS[name].title}, {title}", cells)
     return "\n".join(lines) + "\n"
 
 
@@ -151,11 +150,11 @@ def section(name: str, found: dict[str, Any], page: dict[str, Any]) -> str:
     for title, key in (("measured latency", "latency_ratio"), ("parameters", "params_ratio"), ("MACs", "macs_ratio")):
         lines.append(f"| {title} | 100 % | " + " | ".join(percent(rung[key]) for rung in rungs) + " |")
     lines.append("| operators replaced | 0 | " + " | ".join(str(len(rung["edits"])) for rung in rungs) + " |")
-    for metric, described in METRICS.items():
+    for metric in METRICS:
         cells = [cell(each["figures"].get(metric)) for each in (found["original"], *rungs)]
         if any(cells):
-            arrow = {"lower": "↓", "higher": "↑"}[described.better]
-            lines.append(f"| {described.title} {arrow} | " + " | ".join(cells) + " |")
+            arrow = {"lower": "↓", "higher": "↑"}[METRICS[metric].better]
+            lines.append(f"| {METRICS[metric].title} {arrow} | " + " | ".join(cells) + " |")
     last, settings = rungs[-1], page["settings"]
     spent = ", ".join(f"{what} {seconds:.0f} s" for what, seconds in last["seconds"].items())
     how = (

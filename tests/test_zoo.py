@@ -58,7 +58,7 @@ def test_idx_files_and_image_folders_give_the_same_pictures(data: Path, tmp_path
     pictures = load_pictures(data, "test")
     assert pictures.images.shape == (300, 1, 32, 32)
     assert pictures.images[:, :, :2].eq(0).all(), "28x28 pictures get a border"
-    assert pictures.floats(slice(0, 1)).min() == -1.0
+    assert pictures.images.dtype == torch.uint8
     for number in range(20):
         folder = tmp_path / "test" / str(int(pictures.labels[number]))
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,7 +186,7 @@ def test_a_reduced_training_run_makes_a_whole_pipeline(name: str, tmp_path: Path
     weights = [tensor for file in parts for tensor in load_file(file).values()]
     assert all(not tensor.is_floating_point() or tensor.dtype == torch.float16 for tensor in weights)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert f"{figures['figures']['samples']['frechet']['value']:.4f}" in card
+    assert f"| Fréchet distance, lower is better | {figures['figures']['samples']['frechet']['value']:.4g} |" in card
     stamps = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("checkpoint.safetensors")}
     assert len(stamps) == 3
     again = commands.train(name, data=data, out=tmp_path / "again", work=tmp_path / "work", reduced=True)
@@ -368,18 +368,24 @@ def figures_of(name: str) -> dict[str, Any]:
     return figures
 
 
+ALL_SHIP = pytest.mark.skipif(sorted(commands.NAMES) != SHIPPED, reason="a pipeline of the zoo is still being trained")
+
+
+@ALL_SHIP
 def test_the_judges_of_the_zoo_are_good_enough_to_judge() -> None:
     assert figures_of("fashion")["judge"]["accuracy"] >= 0.91
     assert figures_of("digits")["judge"]["accuracy"] >= 0.97
     assert figures_of("emoji")["figures"]["real pictures of these"]["class-accuracy"]["value"] >= 0.97
 
 
+@ALL_SHIP
 def test_the_digits_that_are_generated_are_digits() -> None:
     figures = figures_of("digits")["figures"]
     assert figures["samples"]["confidence"]["value"] > 0.8
     assert figures["samples"]["class-balance"]["value"] > 0.9
 
 
+@ALL_SHIP
 @pytest.mark.slow
 def test_the_shipped_judges_know_what_the_shipped_pipelines_make() -> None:
     probe = Probe(samples=24, num_inference_steps=10)

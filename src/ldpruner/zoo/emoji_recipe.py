@@ -263,11 +263,12 @@ def measured(
     unseen = Shown(pictures=held_out.images, captions=held_out.captions)
     asked = Probe(samples=len(held_out.texts), num_inference_steps=recipe.judged_steps, seed=9000, prompts=tuple(held_out.captions))
     by_caption = ("clip-score", "retrieval-1", "retrieval-5", "class-accuracy")
+    found = {
+        "samples of unseen pairs": estimates_of(evaluate(pipeline, probe=asked, features=[judge], cache=cache)),
+        "real pictures of these": figures_of(judge, unseen),
+    }
     figures["figures"] |= {
-        "samples of unseen pairs": estimates_of(
-            evaluate(pipeline, probe=asked, metrics=by_caption, features=["judge"], cache=cache)
-        ),
-        "real pictures of these": {name: value for name, value in figures_of(judge, unseen).items() if name in by_caption},
+        column: {name: value for name, value in measured.items() if name in by_caption} for column, measured in found.items()
     }
     figures["counts"] |= {"samples of unseen pairs": asked.samples, "real pictures of these": asked.samples}
     sheet(pipeline, recipe).save(folder / "samples.png")
