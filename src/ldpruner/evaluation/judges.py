@@ -86,19 +86,24 @@ class CaptionJudge(Judge):
         self.words = {word: number + 1 for number, word in enumerate(words)}  # 0 is padding
         widths = [(3, 32, 2), (32, 48, 1), (48, 64, 2), (64, 96, 1), (96, 96, 2), (96, 128, 1), (128, 128, 2)]
         self.trunk = nn.Sequential(*(_stage(*width) for width in widths))
-        self.style = nn.Linear(self.feature_width, len(self.classes))
+        self.style = nn.Linear(2 * sum(width for _, width, _ in widths), len(self.classes))
         self.picture_side = nn.Sequential(nn.Linear(self.feature_width * 4, 192), nn.ReLU(), nn.Linear(192, 96))
         self.vectors = nn.Embedding(len(words) + 1, 96, padding_idx=0)
         self.caption_side = nn.Sequential(nn.Linear(96, 192), nn.ReLU(), nn.Linear(192, 96))
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
     def observe(self, pictures: Tensor) -> Seen:
-        grid = self.trunk(pictures)  # (n, 128, 4, 4)
+        grids = []
+        for stage in self.trunk:
+            pictures = stage(pictures)
+            grids.append(pictures)
+        grid = grids[-1]  # (n, 128, 4, 4) of 64x64 pictures
         features = grid.mean((2, 3))
+        manner = torch.cat([each.mean((2, 3)) for each in grids] + [each.std((2, 3)) for each in grids], 1)  # style is texture
         quarters = F.adaptive_avg_pool2d(grid, 2).flatten(1)  # where things are, roughly
         return {
             "features": features,
-            "probabilities": self.style(features).softmax(1),
+            "probabilities": self.style(manner).softmax(1),
             "embeddings": F.normalize(self.picture_side(quarters), dim=1),
         }
 
