@@ -15,6 +15,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # also for the processes that tests start
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -29,9 +30,12 @@ from diffusers import (
     VQModel,
 )
 from diffusers.utils import logging as diffusers_logging
+from PIL import Image
+from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldpruner import cli
+from ldpruner.evaluation.base import Stream
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
@@ -196,3 +200,31 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return code, *capsys.readouterr()
 
     return run
+
+
+def stream(tensor: Tensor | np.ndarray[Any, Any], size: int = 37) -> Stream:
+    """A tensor in uneven parts."""
+    whole = torch.as_tensor(tensor)
+    return lambda: iter(torch.split(whole, size))
+
+
+class Means(nn.Module):
+    """A feature net: every channel's mean and spread, and those of two halves."""
+
+    num_features = 6
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        values = pictures.double()
+        half = values.shape[2] // 2
+        parts = (values, values[:, :, :half], values[:, :, half:])
+        return torch.cat([torch.stack([part.mean((1, 2, 3)), part.std((1, 2, 3))], 1) for part in parts], 1)
+
+
+def real_pictures(folder: Path, count: int, size: int = 4) -> Path:
+    """A folder of noise, the same every time."""
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(count):
+        array = random.integers(0, 255, (size, size)).astype(np.uint8)
+        Image.fromarray(array).save(folder / f"{number:02d}.png")
+    return folder

@@ -37,7 +37,7 @@ class DigitsRecipe:
     """How long each network of `zoo:digits` trains; the defaults made the weights that ship."""
 
     autoencoder: Training = field(default_factory=lambda: Training(steps=1500, batch_size=16, learning_rate=1e-3, ema_decay=0.995))
-    denoiser: Training = field(default_factory=lambda: Training(steps=20000, batch_size=32, learning_rate=5e-4, ema_decay=0.9995))
+    denoiser: Training = field(default_factory=lambda: Training(steps=14000, batch_size=32, learning_rate=5e-4, ema_decay=0.9995))
     judge: Training = field(default_factory=lambda: Training(steps=800, batch_size=64, learning_rate=2e-3, ema_decay=0.99))
     judged_samples: int = 2000
     judged_steps: int = 20

@@ -44,7 +44,7 @@ class EmojiRecipe:
     """How long each network of `zoo:emoji` trains; the defaults made the weights that ship."""
 
     autoencoder: Training = field(default_factory=lambda: Training(steps=3000, batch_size=16, learning_rate=1e-3, ema_decay=0.995))
-    denoiser: Training = field(default_factory=lambda: Training(steps=24000, batch_size=32, learning_rate=5e-4, ema_decay=0.9995))
+    denoiser: Training = field(default_factory=lambda: Training(steps=18000, batch_size=32, learning_rate=5e-4, ema_decay=0.9995))
     judge: Training = field(default_factory=lambda: Training(steps=1500, batch_size=96, learning_rate=2e-3, ema_decay=0.99))
     vocabulary: int = 2000  # entries of the tokenizer
     dropped_prompts: float = 0.1  # the share of captions left empty, for classifier-free guidance (arXiv 2207.12598)
