@@ -20,8 +20,9 @@ import time
 import torch
 
 import ldpruner
-from ldpruner.environment import environment, peak_bytes, resident_bytes
+from ldpruner.environment import environment, peak_since_reset, reset_peak, resident_bytes
 from ldpruner.fitting import fit_pointwise, pointwise_wanted
+from ldpruner.operators.timing import device_of
 from ldpruner.plans import Edit
 from ldpruner.scoring import SCORERS
 from ldpruner.surgery import trial
@@ -38,6 +39,7 @@ def main() -> None:
     call = pipeline.call(probe, samples=probe.samples)
     scores = SCORERS["paper"]().scores(pipeline, edits, probe, fitted=fitted, batch_size=None)
 
+    watched = reset_peak(device_of(pipeline.denoiser))
     inside, bare, resident, peak = [], [], [], []
     for edit in edits:
         began = time.perf_counter()
@@ -50,7 +52,7 @@ def main() -> None:
             bare.append(time.perf_counter() - began)
         gc.collect()
         resident.append(resident_bytes())
-        peak.append(peak_bytes(torch.device("cpu")))
+        peak.append(peak_since_reset(device_of(pipeline.denoiser)) if watched else None)
 
     inside, bare, resident, peak = inside[2:], bare[2:], resident[2:], peak[2:]  # the first also makes the reference
     third = max(1, len(resident) // 3)

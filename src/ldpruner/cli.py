@@ -10,68 +10,33 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from ldpruner.errors import BudgetError, DataError, LDPrunerError, UnknownNameError
+from ldpruner.errors import BudgetError, LDPrunerError
+from ldpruner.options import (
+    FOLDER,
+    STYLE,
+    as_json,
+    budget_of,
+    choosing,
+    generating,
+    loading,
+    model,
+    names_of,
+    pipeline_of,
+    probe_of,
+    probing,
+    refuse_settled,
+    replacing,
+)
 from ldpruner.probes import Probe
 
 if TYPE_CHECKING:
-    from ldpruner.pipelines import Pipeline
     from ldpruner.plans import Score
-
-Command = Callable[..., Any]
-Settings = dict[str, Any]
-
-FOLDER = click.Path(path_type=Path)
-STYLE = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")}
-
-
-def _stacked(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
-    """Several decorators as one, the first outermost."""
-
-    def decorate(command: Command) -> Command:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; the rest goes to stderr.")
-model = click.argument("model", metavar="MODEL")
-loading = _stacked(
-    click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), show_default=True),
-    click.option("--device", help="Where to run, such as cpu or cuda:0; a GPU is used where there is one."),
-    click.option("--revision", help="Branch, tag or commit of a hub model."),
-    click.option("--variant", help="Weights variant, such as fp16."),
-    click.option("--trust-remote-code", is_flag=True, help="Run code that a model brings along; pruned models need none of it."),
-)
-prompting = _stacked(
-    click.option("--prompt", "prompts", multiple=True, help="A text prompt; give several, and samples take them in turn."),
-    click.option(
-        "--prompts-file", type=FOLDER, help="Prompts from a file, one a line, or the texts of a metadata.jsonl; a short list ships."
-    ),
-    click.option("--guidance-scale", type=float, help="The pipeline's own by default."),
-)
-probing = _stacked(
-    click.option("--samples", default=16, show_default=True, help="Latents generated for each candidate."),
-    click.option("--num-inference-steps", "--steps", default=10, show_default=True, help="Denoising steps of a generation."),
-    click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i."),
-    prompting,
-    click.option("--batch-size", type=click.IntRange(1), help="Samples in one denoiser call; all of them by default."),
-    click.option("--method", default="paper", show_default=True, help="How operators are scored."),
-)
-replacing = click.option("--replacements", help="Only these, with commas: identity, zero, shortcut, pointwise.")
-choosing = _stacked(
-    click.option("--budget", "budgets", multiple=True, help="latency=65%, macs=2e9, params=70%; several all hold."),
-    click.option(
-        "--selection", default="order", show_default=True, help="What goes first: order (lowest score), ratio (score per saving)."
-    ),
-)
 
 
 @click.group(context_settings=STYLE)
@@ -89,7 +54,7 @@ def inspect(model: str, as_json: bool, **settings: Any) -> None:
     from ldpruner import reporting
     from ldpruner.operators import discover
 
-    pipeline = _load(model, settings)
+    pipeline = pipeline_of(model, settings)
     operators = discover(pipeline.denoiser, pipeline.call(Probe()))
     removable = [operator for operator in operators.operators if operator.candidates]
     if as_json:
@@ -112,12 +77,12 @@ def score(
     """Score every operator by what replacing it does to the generated latents."""
     from ldpruner import scoring
 
-    probe = _probe(settings)
+    probe = probe_of(settings)
     run = scoring.score(
-        _load(model, settings),
+        pipeline_of(model, settings),
         probe,
         method=method,
-        replacements=_names(replacements),
+        replacements=names_of(replacements),
         out=out,
         batch_size=batch_size,
         progress=_progress,
@@ -144,10 +109,10 @@ def plan(
     """Choose what to remove under a budget, from the scores in RUN; latency is measured until it holds."""
     from ldpruner import planning, reporting, scoring
 
-    budget = _budget(budgets)
+    budget = budget_of(budgets)
     scored = scoring.Run.load(run)
-    pipeline = _load(scored.source, settings)
-    made = planning.plan(pipeline, scored, budget, selection=selection, replacements=_names(replacements))
+    pipeline = pipeline_of(scored.source, settings)
+    made = planning.plan(pipeline, scored, budget, selection=selection, replacements=names_of(replacements))
     made.plan.save(out)
     measured = made.measured.ratio.value if made.measured else None
     if as_json:
@@ -194,19 +159,19 @@ def prune(
     if bool(budgets) == bool(plan_file):
         raise BudgetError("give either --budget, such as --budget latency=65%, or --plan FILE.")
     if plan_file:
-        _refuse_settled(click.get_current_context())
+        refuse_settled(click.get_current_context())
     given = Plan.load(plan_file) if plan_file else None
-    budget = _budget(budgets) if budgets else None
+    budget = budget_of(budgets) if budgets else None
     check_writable(out)
     pruned = workflow.prune(
-        _load(model, settings),
+        pipeline_of(model, settings),
         budget,
         plan=given,
-        probe=_probe(settings),
+        probe=probe_of(settings),
         run=run,
         method=method,
         selection=selection,
-        replacements=_names(replacements),
+        replacements=names_of(replacements),
         batch_size=batch_size,
         progress=_progress,
     )
@@ -223,9 +188,7 @@ def prune(
 @model
 @click.option("--out", type=FOLDER, required=True, help="The folder for the pictures.")
 @click.option("-n", "--samples", default=16, show_default=True, type=click.IntRange(1), help="How many.")
-@click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation.")
-@click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i.")
-@prompting
+@generating
 @click.option("--batch-size", default=16, show_default=True, type=click.IntRange(1), help="Samples in one denoiser call.")
 @as_json
 @loading
@@ -234,9 +197,9 @@ def sample(model: str, out: Path, batch_size: int, as_json: bool, **settings: An
     from ldpruner import reporting
     from ldpruner.files import check_writable
 
-    probe = _probe(settings)
+    probe = probe_of(settings)
     check_writable(out)
-    pipeline = _load(model, settings)
+    pipeline = pipeline_of(model, settings)
     pictures = pipeline.images(probe, batch_size=batch_size)
     if pipeline.mel is None:
         names, kind = reporting.save_images(pictures, out, first_seed=probe.seed), "pictures"
@@ -257,9 +220,7 @@ def sample(model: str, out: Path, batch_size: int, as_json: bool, **settings: An
 @click.option("--metrics", help="Only these, with commas, such as fid,kid,latent-shift; all that the rest allows by default.")
 @click.option("--features", multiple=True, help="Who looks: judge, judge=zoo:NAME, inception=FILE, clip=FOLDER, clap=FOLDER.")
 @click.option("-n", "--samples", default=500, show_default=True, type=click.IntRange(1), help="How many samples of each model.")
-@click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation.")
-@click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i.")
-@prompting
+@generating
 @click.option("--batch-size", default=50, show_default=True, type=click.IntRange(1), help="Samples in one denoiser call.")
 @click.option("--cache", type=FOLDER, help="Where samples and features are kept; $LDPRUNER_CACHE, or ~/.cache/ldpruner.")
 @as_json
@@ -278,12 +239,12 @@ def evaluate(
     """Measure how good samples are, and with --against how far from the original's; an interrupted run goes on."""
     from ldpruner import evaluation, reporting
 
-    probe = _probe(settings)
-    loaded = [_load(name, settings) for name in (model, against) if name]
+    probe = probe_of(settings)
+    loaded = [pipeline_of(name, settings) for name in (model, against) if name]
     result = evaluation.evaluate(
         *loaded,
         probe=probe,
-        metrics=_names(metrics, "--metrics"),
+        metrics=names_of(metrics, "--metrics"),
         features=features or None,
         reference=reference,
         batch_size=batch_size,
@@ -303,18 +264,16 @@ def evaluate(
 @click.option("--against", metavar="MODEL", help="Another model, timed in the same run, taking turns.")
 @click.option("--rounds", default=31, show_default=True, type=click.IntRange(2), help="Pairs of readings.")
 @click.option("--samples", default=1, show_default=True, type=click.IntRange(1), help="Samples of a generation.")
-@click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation.")
-@click.option("--seed", default=0, show_default=True)
+@generating
 @click.option("--operators", default=0, show_default=True, help="List this many of the modules that take longest.")
-@prompting
 @as_json
 @loading
 def benchmark(model: str, against: str | None, rounds: int, operators: int, as_json: bool, **settings: Any) -> None:
     """Time a denoiser call, a generation and its parts, and memory; with --against, two models in turn, and MODEL / AGAINST."""
     from ldpruner import benchmarking, reporting
 
-    probe = _probe(settings)
-    loaded = [_load(name, settings) for name in (model, against) if name]
+    probe = probe_of(settings)
+    loaded = [pipeline_of(name, settings) for name in (model, against) if name]
     result = benchmarking.benchmark(*loaded, probe=probe, rounds=rounds)
     if as_json:
         _print_json(result)
@@ -374,70 +333,6 @@ def _quieten() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # it logs, and then raises, what we tell
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore")
-
-
-def _load(model: str, settings: Settings) -> Pipeline:
-    import torch
-    from diffusers.utils import logging as diffusers_logging
-    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
-    from transformers.utils import logging as transformers_logging
-
-    from ldpruner.pipelines import load
-
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    enable_progress_bars()  # transformers' switch turned off those of downloads too
-    names = ("device", "revision", "variant", "trust_remote_code")
-    return load(model, dtype=getattr(torch, settings["dtype"]), **{name: settings[name] for name in names})
-
-
-def _probe(settings: Settings) -> Probe:
-    from ldpruner.files import read_prompts
-
-    names = ("samples", "num_inference_steps", "seed", "guidance_scale")
-    file = settings["prompts_file"]
-    if file and settings["prompts"]:
-        raise DataError("give --prompt or --prompts-file, not both.")
-    prompts = read_prompts(file) if file else settings["prompts"]
-    return Probe(prompts=prompts, **{name: settings[name] for name in names})
-
-
-def _budget(given: tuple[str, ...]) -> dict[str, str | float]:
-    from ldpruner.plans import parse_budgets
-
-    if not given:
-        raise BudgetError("no budget was given: say --budget QUANTITY=LIMIT, such as --budget latency=65%.")
-    budget: dict[str, str | float] = {}
-    for entry in given:
-        quantity, equals, limit = entry.partition("=")
-        if not equals:
-            raise BudgetError(f"budget {entry!r}: say QUANTITY=LIMIT, such as latency=65%.")
-        budget[quantity.strip()] = limit
-    parse_budgets(budget)
-    return budget
-
-
-_SETTLED_BY_A_PLAN = {
-    "run", "samples", "num_inference_steps", "seed", "prompts", "prompts_file", "guidance_scale", "method", "selection",
-    "replacements",
-}  # fmt: skip
-
-
-def _refuse_settled(context: click.Context) -> None:
-    """Raise where an option was typed that a plan has settled: nothing asked for is skipped silently."""
-    for parameter in context.command.params:
-        typed = context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
-        if typed and parameter.name in _SETTLED_BY_A_PLAN:
-            raise BudgetError(f"{parameter.opts[0]} goes with --budget: a plan has settled it. Leave it out.")
-
-
-def _names(given: str | None, option: str = "--replacements") -> list[str] | None:
-    if given is None:
-        return None
-    names = [name.strip() for name in given.split(",") if name.strip()]
-    if not names:
-        raise UnknownNameError(f"{option} {given!r}: names none. Leave it out to allow all.")
-    return names
 
 
 def _watch(parts: Iterator[Any], total: int, what: str) -> Iterator[Any]:

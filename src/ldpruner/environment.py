@@ -50,18 +50,6 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # Linux with glibc
 
 
-def peak_bytes(device: torch.device) -> int:
-    """The most that was ever in use: allocated on a CUDA device, else resident, by the system's own account."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return int(psutil.Process().memory_info().peak_wset)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if psutil.MACOS else most * 1024
-
-
 def reset_peak(device: torch.device) -> bool:
     """Begin to watch for the highest use of memory anew; False where this system cannot."""
     if device.type == "cuda":

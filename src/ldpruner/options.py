@@ -1,0 +1,138 @@
+"""What the commands' options are called, and how what was typed becomes a pipeline, a probe, a budget, a list of names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from ldpruner.errors import BudgetError, DataError, UnknownNameError
+from ldpruner.probes import Probe
+
+if TYPE_CHECKING:
+    from ldpruner.pipelines import Pipeline
+
+Command = Callable[..., Any]
+Settings = dict[str, Any]
+
+FOLDER = click.Path(path_type=Path)
+STYLE = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")}
+
+
+def _stacked(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    """Several decorators as one, the first outermost."""
+
+    def decorate(command: Command) -> Command:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; the rest goes to stderr.")
+model = click.argument("model", metavar="MODEL")
+loading = _stacked(
+    click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), show_default=True),
+    click.option("--device", help="Where to run, such as cpu or cuda:0; a GPU is used where there is one."),
+    click.option("--revision", help="Branch, tag or commit of a hub model."),
+    click.option("--variant", help="Weights variant, such as fp16."),
+    click.option("--trust-remote-code", is_flag=True, help="Run code that a model brings along; pruned models need none of it."),
+)
+prompting = _stacked(
+    click.option("--prompt", "prompts", multiple=True, help="A text prompt; give several, and samples take them in turn."),
+    click.option(
+        "--prompts-file", type=FOLDER, help="Prompts from a file, one a line, or the texts of a metadata.jsonl; a short list ships."
+    ),
+    click.option("--guidance-scale", type=float, help="The pipeline's own by default."),
+)
+generating = _stacked(
+    click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation."),
+    click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i."),
+    prompting,
+)
+probing = _stacked(
+    click.option("--samples", default=16, show_default=True, help="Latents generated for each candidate."),
+    click.option("--num-inference-steps", "--steps", default=10, show_default=True, help="Denoising steps of a generation."),
+    click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i."),
+    prompting,
+    click.option("--batch-size", type=click.IntRange(1), help="Samples in one denoiser call; all of them by default."),
+    click.option("--method", default="paper", show_default=True, help="How operators are scored."),
+)
+replacing = click.option("--replacements", help="Only these, with commas: identity, zero, shortcut, pointwise.")
+choosing = _stacked(
+    click.option("--budget", "budgets", multiple=True, help="latency=65%, macs=2e9, params=70%; several all hold."),
+    click.option(
+        "--selection", default="order", show_default=True, help="What goes first: order (lowest score), ratio (score per saving)."
+    ),
+)
+
+
+def pipeline_of(model: str, settings: Settings) -> Pipeline:
+    """Load MODEL as `loading`'s options say, with the bars of downloads alone."""
+    import torch
+    from diffusers.utils import logging as diffusers_logging
+    from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
+    from transformers.utils import logging as transformers_logging
+
+    from ldpruner.pipelines import load
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    enable_progress_bars()  # transformers' switch turned off those of downloads too
+    names = ("device", "revision", "variant", "trust_remote_code")
+    return load(model, dtype=getattr(torch, settings["dtype"]), **{name: settings[name] for name in names})
+
+
+def probe_of(settings: Settings) -> Probe:
+    """The probe that the options of `probing` or `generating` describe; raises `DataError` for prompts given twice."""
+    from ldpruner.files import read_prompts
+
+    names = ("samples", "num_inference_steps", "seed", "guidance_scale")
+    file = settings["prompts_file"]
+    if file and settings["prompts"]:
+        raise DataError("give --prompt or --prompts-file, not both.")
+    prompts = read_prompts(file) if file else settings["prompts"]
+    return Probe(prompts=prompts, **{name: settings[name] for name in names})
+
+
+def budget_of(given: tuple[str, ...]) -> dict[str, str | float]:
+    """`QUANTITY=LIMIT` entries by quantity; raises `BudgetError` where one does not read so."""
+    from ldpruner.plans import parse_budgets
+
+    if not given:
+        raise BudgetError("no budget was given: say --budget QUANTITY=LIMIT, such as --budget latency=65%.")
+    budget: dict[str, str | float] = {}
+    for entry in given:
+        quantity, equals, limit = entry.partition("=")
+        if not equals:
+            raise BudgetError(f"budget {entry!r}: say QUANTITY=LIMIT, such as latency=65%.")
+        budget[quantity.strip()] = limit
+    parse_budgets(budget)
+    return budget
+
+
+SETTLED_BY_A_PLAN = {
+    "run", "samples", "num_inference_steps", "seed", "prompts", "prompts_file", "guidance_scale", "method", "selection",
+    "replacements",
+}  # fmt: skip
+
+
+def refuse_settled(context: click.Context) -> None:
+    """Raise where an option was typed that a plan has settled: nothing asked for is skipped silently."""
+    for parameter in context.command.params:
+        typed = context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
+        if typed and parameter.name in SETTLED_BY_A_PLAN:
+            raise BudgetError(f"{parameter.opts[0]} goes with --budget: a plan has settled it. Leave it out.")
+
+
+def names_of(given: str | None, option: str = "--replacements") -> list[str] | None:
+    """Names that were given with commas between them; None allows all."""
+    if given is None:
+        return None
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    if not names:
+        raise UnknownNameError(f"{option} {given!r}: names none. Leave it out to allow all.")
+    return names
