@@ -142,8 +142,8 @@ def test_the_tables_are_for_people(models: dict[str, Path], command: Command) ->
     code, out, _ = command("benchmark", models["sd"], "--rounds", "6", "--steps", "1", "--operators", "3")
     assert code == 0
     for words in (
-        "text encoder: 1 samples",
-        "decoder: 1 samples",
+        "text encoder: batch 1",
+        "decoder: batch 1",
         "weights on disk",
         "modules add up to",
         "own ms",

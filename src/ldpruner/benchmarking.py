@@ -123,10 +123,10 @@ def _stages(pipeline: Pipeline, probe: Probe) -> _Stages:
     }
     for name, switches in recorded.items():
         runs[name] = functools.partial(_all, switches)
-        how[name] = f"{probe.samples} samples"
+        how[name] = f"batch {probe.samples}"
     if pipeline.mel is not None:
         runs["vocoder"] = lambda: [pipeline.sound(picture) for picture in made.pictures]
-        how["vocoder"] = f"{probe.samples} samples"
+        how["vocoder"] = f"batch {probe.samples}"
     return _Stages(call=call, runs=runs, how=how, latents=tuple(made.latents.shape[1:]), resolution=tuple(made.pictures.shape[1:]))
 
 
