@@ -22,8 +22,8 @@ from transformers import (
 
 from conftest import Means, letter_tokenizer, real_pictures, tiny_audio
 from ldpruner import Probe
-from ldpruner.evaluation import FeatureNet, evaluate
-from ldpruner.evaluation.judges import CaptionJudge, PictureClassifier, load_judge, save_judge, save_reference
+from ldpruner.evaluation import FeatureNet, evaluate, judges
+from ldpruner.evaluation.judges import CaptionJudge, PictureClassifier, load_judge, manner, save_judge, save_reference
 from ldpruner.pipelines import Pipeline
 
 PROBE = Probe(samples=8, num_inference_steps=2)
@@ -69,6 +69,23 @@ def test_a_caption_judge_reads_what_it_has_learnt_and_is_the_same_when_loaded(tm
     seen = loaded.observe(torch.zeros(2, 3, 64, 64))
     assert seen["features"].shape == (2, 128)
     assert seen["embeddings"].shape == (2, 96)
+
+
+def test_manner_is_how_a_picture_is_drawn() -> None:
+    white, black = torch.ones(1, 3, 64, 64), -torch.ones(1, 3, 64, 64)
+    half, levels = torch.cat([white[..., :32], black[..., :32]], 3), judges.LEVELS**3
+    told = manner(torch.cat([white, black, half]))
+    assert told.shape == (3, judges.MANNER)
+    assert (told >= 0).all()
+    assert (told <= 1).all()
+    palettes, margins = told[:, :levels], told[:, -2 * judges.MARGINS :]
+    assert palettes[0].nonzero().flatten().tolist() == [levels - 1]
+    assert palettes[1].nonzero().flatten().tolist() == [0]
+    assert palettes[2, [0, -1]].tolist() == pytest.approx([0.5**0.5] * 2)
+    assert margins.mean(1).tolist() == [0, 1, 0.5]
+    assert margins[2].view(2, -1).sum(1).tolist() == [32, 32]
+    assert torch.equal(manner(half.flip(3))[:, :-128], told[2:, :-128]), "a mirrored picture is drawn alike"
+    assert manner(torch.rand(2, 3, 48, 40)).shape == (2, judges.MANNER)
 
 
 def scripted(folder: Path) -> Path:

@@ -6,6 +6,7 @@ the judge sees in real data, so that samples can be measured where the data is n
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,7 @@ class PictureClassifier(Judge):
 
 
 class CaptionJudge(Judge):
-    """A caption-image dual encoder (as CLIP, arXiv 2103.00020) with a head that tells the drawing styles apart.
+    """A caption-image dual encoder (as CLIP, arXiv 2103.00020), and a head that tells the drawing styles apart by their manner.
 
     Captions are bags of words: the text side is the mean of word vectors and two layers. Words it has not learnt count for
     nothing. `embeddings` of a picture and of its caption point the same way.
@@ -86,26 +87,34 @@ class CaptionJudge(Judge):
         self.words = {word: number + 1 for number, word in enumerate(words)}  # 0 is padding
         widths = [(3, 32, 2), (32, 48, 1), (48, 64, 2), (64, 96, 1), (96, 96, 2), (96, 128, 1), (128, 128, 2)]
         self.trunk = nn.Sequential(*(_stage(*width) for width in widths))
-        self.style = nn.Linear(2 * sum(width for _, width, _ in widths), len(self.classes))
+        self.style = nn.Sequential(
+            nn.BatchNorm1d(MANNER, eps=1e-4),  # so that a colour that hardly occurs counts for little
+            nn.Dropout(0.2),
+            nn.Linear(MANNER, 96),
+            nn.ReLU(),
+            nn.Dropout(0.4),
+            nn.Linear(96, len(self.classes)),
+        )
         self.picture_side = nn.Sequential(nn.Linear(self.feature_width * 4, 192), nn.ReLU(), nn.Linear(192, 96))
         self.vectors = nn.Embedding(len(words) + 1, 96, padding_idx=0)
         self.caption_side = nn.Sequential(nn.Linear(96, 192), nn.ReLU(), nn.Linear(192, 96))
         self.log_scale = nn.Parameter(torch.tensor(2.5))
 
     def observe(self, pictures: Tensor) -> Seen:
-        grids = []
-        for stage in self.trunk:
-            pictures = stage(pictures)
-            grids.append(pictures)
-        grid = grids[-1]  # (n, 128, 4, 4) of 64x64 pictures
-        features = grid.mean((2, 3))
-        manner = torch.cat([each.mean((2, 3)) for each in grids] + [each.std((2, 3)) for each in grids], 1)  # style is texture
-        quarters = F.adaptive_avg_pool2d(grid, 2).flatten(1)  # where things are, roughly
+        grid = self.trunk(pictures)
         return {
-            "features": features,
-            "probabilities": self.style(manner).softmax(1),
-            "embeddings": F.normalize(self.picture_side(quarters), dim=1),
+            "features": grid.mean((2, 3)),
+            "probabilities": self.style(manner(pictures)).softmax(1),
+            "embeddings": self._embeddings(grid),
         }
+
+    def embedded(self, pictures: Tensor) -> Tensor:
+        """Embeddings of pictures, `(n, 96)`, of length 1."""
+        return self._embeddings(self.trunk(pictures))
+
+    def _embeddings(self, grid: Tensor) -> Tensor:
+        quarters = F.adaptive_avg_pool2d(grid, 2).flatten(1)  # where things are, roughly, of (n, 128, 4, 4)
+        return F.normalize(self.picture_side(quarters), dim=1)
 
     def describe(self, captions: Sequence[str]) -> Tensor:
         """Embeddings of captions, `(n, 96)`, of length 1."""
@@ -131,6 +140,49 @@ class CaptionJudge(Judge):
 
     def config(self) -> dict[str, Any]:
         return {"classes": list(self.classes), "words": list(self.words)}
+
+
+LEVELS = 8  # of each colour in a palette
+STEPS = (0.01, 0.02, 0.04, 0.08, 0.16, 0.32)  # how far neighbours differ, of 1
+MARGINS = 64  # rows and columns
+MANNER = LEVELS**3 + 3 * 2 * len(STEPS) + 2 * len(STEPS) + 2 * MARGINS
+
+
+def manner(pictures: Tensor) -> Tensor:
+    """How pictures `(n, 3, h, w)` in [-1, 1] are drawn, whatever they show: `(n, 688)` numbers in [0, 1].
+
+    The palette, how smooth areas and how hard edges are, and how much of each row and column is not left white.
+    """
+    colours = (pictures.clamp(-1, 1) + 1) / 2
+    drawn = ((0.89 - colours.amin(1)) / 0.08).clamp(0, 1)
+    margins = [F.adaptive_avg_pool1d(drawn.mean(side), MARGINS) for side in (1, 2)]
+    return torch.cat([_palette(colours), _steps(colours), _edges(colours.mean(1)), *margins], 1)
+
+
+def _palette(colours: Tensor) -> Tensor:
+    """Square roots of the shares of `LEVELS` cubed colours; what lies between levels counts for each by nearness."""
+    places = colours.flatten(2) * (LEVELS - 1)
+    below = places.floor().clamp(max=LEVELS - 2)
+    nearness = torch.stack([1 - (places - below), places - below], 1)  # (n, 2, 3, pixels)
+    shares = colours.new_zeros(len(colours), LEVELS**3)
+    for red, green, blue in itertools.product((0, 1), repeat=3):
+        bins = ((below[:, 0] + red) * LEVELS + below[:, 1] + green) * LEVELS + below[:, 2] + blue
+        shares.scatter_add_(1, bins.long(), nearness[:, red, 0] * nearness[:, green, 1] * nearness[:, blue, 2])
+    return (shares / places.shape[2]).sqrt()
+
+
+def _steps(colours: Tensor) -> Tensor:
+    """The shares of pixels 1, 2 and 4 apart, along rows and columns, that differ by no more than each of `STEPS`."""
+    apart = [(colours[..., far:] - colours[..., :-far], colours[:, :, far:] - colours[:, :, :-far]) for far in (1, 2, 4)]
+    most = [difference.abs().amax(1).flatten(1) for pair in apart for difference in pair]
+    return torch.stack([(each <= step).float().mean(1) for each in most for step in STEPS], 1)
+
+
+def _edges(grey: Tensor) -> Tensor:
+    """The shares of pixels whose Laplacian is above each of `STEPS`, and below its negative."""
+    kernel = grey.new_tensor([[0, -1, 0], [-1, 4, -1], [0, -1, 0]])
+    laplacian = F.conv2d(grey.unsqueeze(1), kernel.view(1, 1, 3, 3)).flatten(1)
+    return torch.stack([(sign * laplacian > step).float().mean(1) for sign in (1, -1) for step in STEPS], 1)
 
 
 def words_of(caption: str) -> list[str]:

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from ldpruner.datasets import signed
 from ldpruner.evaluation import evaluate
-from ldpruner.evaluation.judges import CaptionJudge, save_judge, save_reference, words_of
+from ldpruner.evaluation.judges import CaptionJudge, manner, save_judge, save_reference, words_of
 from ldpruner.files import staged_folder, write_json, write_text
 from ldpruner.pipelines import PROMPTS, USUAL, Pipeline, load
 from ldpruner.probes import Probe
@@ -143,9 +143,9 @@ def train_painter(latents: Tensor, captions: list[str], tokenizer: CLIPTokenizer
     return painter
 
 
-def train_judge(pictures: CaptionedPictures, training: Training, folder: Path) -> CaptionJudge:
-    """Learn which caption belongs to which picture of a batch, and which style it is drawn in, from pictures half of
-    which are moved, turned, scaled and tinted a little."""
+def train_judge(pictures: CaptionedPictures, reconstructed: Tensor, training: Training, folder: Path) -> CaptionJudge:
+    """Learn which caption belongs to which picture of a batch, from pictures moved, turned, scaled and tinted a little; and
+    in which style each is drawn, from pictures as they are or as the autoencoder gives them back."""
     styles = sorted(set(pictures.styles))
     words = sorted({word for caption in pictures.captions for word in words_of(caption)})
     torch.manual_seed(training.seed)
@@ -155,14 +155,14 @@ def train_judge(pictures: CaptionedPictures, training: Training, folder: Path) -
     def loss(module: nn.Module, generator: torch.Generator, step: int) -> Tensor:
         assert isinstance(module, CaptionJudge)
         rows = draw(len(captions), training.batch_size, generator)
-        images = signed(pictures.images[rows])
-        untouched = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5  # resampling blurs what tells styles apart
-        seen = module.observe(torch.where(untouched, images, disturbed(images, generator)))
-        similar = seen["embeddings"] @ module.describe_rows(captions[rows]).T * module.log_scale.exp().clamp(max=50)
+        told = module.embedded(disturbed(signed(pictures.images[rows]), generator))
+        similar = told @ module.describe_rows(captions[rows]).T * module.log_scale.exp().clamp(max=50)
         same = (captions[rows][:, None] == captions[rows][None]).all(2) & ~torch.eye(len(rows), dtype=torch.bool)
         similar, own = similar.masked_fill(same, -1e4), torch.arange(len(rows))  # drawn twice: no wrong answer
         matching = F.cross_entropy(similar, own) + F.cross_entropy(similar.T, own)
-        return matching + F.nll_loss(seen["probabilities"].clamp(min=1e-6).log(), labels[rows])
+        real = torch.rand(len(rows), 1, 1, 1, generator=generator) < 0.5
+        drawn = manner(signed(torch.where(real, pictures.images[rows], reconstructed[rows])))
+        return matching + F.cross_entropy(module.style(drawn), labels[rows], label_smoothing=0.05)
 
     trained = train(judge, loss, training, folder)
     assert isinstance(trained, CaptionJudge)
@@ -205,7 +205,7 @@ def make(data: Path, out: Path, work: Path, recipe: EmojiRecipe) -> dict[str, An
     latents = kept_latents(autoencoder, known.images, work / "latents.safetensors")
     tokenizer = new_tokenizer(known.captions, recipe.vocabulary)
     painter = train_painter(latents, known.captions, tokenizer, recipe, work / "denoiser")
-    judge = train_judge(known, recipe.judge, work / "judge")
+    judge = train_judge(known, reconstruct(autoencoder, known.images), recipe.judge, work / "judge")
     compared, others = (pictures.take(rows) for rows in reference_rows(pictures, recipe.judged_samples))
     with staged_folder(out) as scratch:
         assemble(autoencoder, tokenizer, painter).save_pretrained(scratch)
@@ -316,7 +316,8 @@ def card_of(figures: dict[str, Any]) -> str:
             "command": "`ldpruner zoo train emoji --data emoji64.zip --out emoji`",
         },
         quality=(
-            f"The judge (`judge/`) is a caption-image dual encoder that also tells the styles apart. On {count} real pictures that "
+            f"The judge (`judge/`) is a caption-image dual encoder that also tells the styles apart, by palette, smoothness, edges "
+            f"and margins, learnt from real pictures and from reconstructions of these. On {count} real pictures that "
             f"neither it nor the pipeline was trained on (most of their texts it knows in another style), it finds "
             f"the caption among {count} at R@1 {_share(real['retrieval-1'])}, R@5 {_share(real['retrieval-5'])}, and the style in "
             f"{_share(real['class-accuracy'])}. The reference is {figures['counts']['reference']:,} real pictures, these among "
