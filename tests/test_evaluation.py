@@ -107,6 +107,8 @@ def test_samples_and_features_are_made_once_and_a_longer_run_adds_to_them(ldm: P
     evaluate(ldm, probe=Probe(samples=12, num_inference_steps=2), features=[net], reference=data, batch_size=4)
     assert sum(calls) == 4 * 2
     assert net.seen == 12 + 6
+    evaluate(ldm, ldm, probe=PROBE, metrics=["latent-rmse"], cache=str(tmp_path / "elsewhere"))
+    assert list((tmp_path / "elsewhere").rglob("part-*.safetensors")), "a cache that is named is used"
 
 
 def test_a_run_that_was_killed_goes_on(ldm: Pipeline, own_cache: Path) -> None:

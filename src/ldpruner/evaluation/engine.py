@@ -94,7 +94,7 @@ def evaluate(
     features: Sequence[Features] | None = None,
     reference: Path | str | None = None,
     batch_size: int = 50,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     watch: Watch | None = None,
 ) -> Evaluation:
     """Measure a pipeline's samples; with `against`, the original, that one's too, and how far the two are apart seed by seed.
@@ -107,7 +107,7 @@ def evaluate(
     something, and names it.
     """
     pipeline, original = as_pipeline(model), as_pipeline(against) if against is not None else None
-    wanted, clock, keep = _wanted(metrics), _Clock(), cache or cache_folder()
+    wanted, clock, keep = _wanted(metrics), _Clock(), Path(cache or cache_folder())
     looking = _nets(pipeline, original, features, wanted)
     complete = (original or pipeline).completed(probe)
     real = RealData.open(Path(reference), pipeline) if reference is not None else None
