@@ -172,6 +172,7 @@ def card_of(figures: dict[str, Any]) -> str:
             **network_facts(figures, ("autoencoder", "denoiser", "judge")),
             "data": "Free Spoken Digit Dataset (CC BY-SA 4.0), six speakers; takes 0 to 4 of each held out",
             "command": "`ldpruner zoo train digits --data fsdd.zip --out digits`",
+            **({"remark": figures["remark"]} if "remark" in figures else {}),
         },
         quality=(
             f"The judge (`judge/`) is a classifier of the ten digits, with {judge['accuracy'] * 100:.2f} % accuracy on "

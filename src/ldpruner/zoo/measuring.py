@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ldpruner.evaluation import METRICS, Evaluation, evaluate
 from ldpruner.evaluation.base import Evidence
 from ldpruner.evaluation.features import FeatureNet, judge
-from ldpruner.evaluation.judges import Seen, load_reference
+from ldpruner.evaluation.judges import REFERENCE, Seen, load_reference
 from ldpruner.evaluation.streams import caption_streams, split
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
@@ -57,10 +57,11 @@ def estimates_of(evaluation: Evaluation) -> dict[str, dict[str, float | None]]:
 
 
 def weight_bytes(folder: Path) -> dict[str, int]:
-    """How large the weights of a pipeline folder are, and of its judge with what it keeps."""
-    sizes = {path: path.stat().st_size for path in folder.rglob("*.safetensors")}
-    of_judge = sum(size for path, size in sizes.items() if "judge" in path.relative_to(folder).parts)
-    return {"bytes": sum(sizes.values()) - of_judge, "judge_bytes": of_judge}
+    """How large the weights of a pipeline folder are, those of its judge, and what that keeps of real data."""
+    sizes = {path.relative_to(folder): path.stat().st_size for path in folder.rglob("*.safetensors")}
+    kept = sizes.get(Path("judge", REFERENCE), 0)
+    of_judge = sum(size for path, size in sizes.items() if "judge" in path.parts) - kept
+    return {"bytes": sum(sizes.values()) - of_judge - kept, "judge_bytes": of_judge, "reference_bytes": kept}
 
 
 def measure(pipeline: Pipeline, net: FeatureNet, compared: Mapping[str, Shown], probe: Probe, cache: Path) -> dict[str, Any]:
@@ -161,6 +162,7 @@ def network_facts(figures: Mapping[str, Any], networks: Sequence[str]) -> dict[s
     return {
         "parameters": ", ".join(f"{name} {count:,}" for name, count in figures["params"].items()),
         "removable operators": str(figures["operators"]),
-        "weights": f"{figures['bytes'] / 1e6:.1f} MB, float16 safetensors; the judge {figures['judge_bytes'] / 1e6:.1f} MB",
+        "weights": f"{figures['bytes'] / 1e6:.1f} MB, float16 safetensors; the judge {figures['judge_bytes'] / 1e6:.1f} MB, "
+        f"and {figures['reference_bytes'] / 1e6:.1f} MB of what it saw in real data",
         "steps x batch": ", ".join(f"{name} {recipe[name]['steps']:,} x {recipe[name]['batch_size']}" for name in networks),
     }
