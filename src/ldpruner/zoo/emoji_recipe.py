@@ -209,6 +209,7 @@ def make(data: Path, out: Path, work: Path, recipe: EmojiRecipe) -> dict[str, An
     compared, others = (pictures.take(rows) for rows in reference_rows(pictures, recipe.judged_samples))
     with staged_folder(out) as scratch:
         assemble(autoencoder, tokenizer, painter).save_pretrained(scratch)
+        name_full_precision(scratch / "text_encoder" / "config.json")
         write_slow_tokenizer(tokenizer, scratch / "tokenizer")
         save_judge(judge, scratch / "judge")
         save_reference(seen_by(judge_in(scratch), compared.images), scratch / "judge")
@@ -232,6 +233,11 @@ def assemble(autoencoder: AutoencoderKL, tokenizer: CLIPTokenizer, painter: Pain
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def name_full_precision(config: Path) -> None:
+    """Have transformers 5, which loads in the precision that a config names, load in float32, as diffusers loads the rest."""
+    write_json(config, json.loads(config.read_text(encoding="utf-8")) | {"dtype": "float32"})
 
 
 def write_slow_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
