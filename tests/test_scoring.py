@@ -12,9 +12,10 @@ from torch import nn
 
 from conftest import PROBE
 from ldpruner import Edit, Probe, score
-from ldpruner.fitting import fit_pointwise
+from ldpruner.fitting import fit_pointwise, trajectories
 from ldpruner.ldpruner_v1 import resample
-from ldpruner.pipelines import Pipeline
+from ldpruner.operators import discover
+from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators
 from ldpruner.scoring import SCORERS, Run
 from ldpruner.scoring.latent import BROKEN, Statistics, latent_shift, shifts
@@ -149,7 +150,8 @@ def test_a_pointwise_stand_in_is_the_least_squares_map(ldm: Pipeline, operators:
         made.append(output)
 
     hook = ldm.denoiser.get_submodule(name).register_forward_hook(watch)
-    ldm.latents(PROBE)
+    for trajectory in trajectories(PROBE):
+        ldm.latents(trajectory)
     hook.remove()
     rows = [torch.cat(tensors).movedim(1, -1).reshape(-1, 16).double().numpy() for tensors in (given, made)]
     with_ones = np.concatenate([rows[0], np.ones((len(rows[0]), 1))], axis=1)
@@ -157,6 +159,37 @@ def test_a_pointwise_stand_in_is_the_least_squares_map(ldm: Pipeline, operators:
     weight, bias = fit_pointwise(ldm, {name: options}, PROBE, ridge=0.0)[name]
     assert np.allclose(weight.numpy(), expected[:-1].T, atol=1e-4)
     assert np.allclose(bias.numpy(), expected[-1], atol=1e-4)
+
+
+def test_stand_ins_are_fitted_on_other_noise_and_timesteps_than_they_are_scored_on(ldm: Pipeline) -> None:
+    def timesteps(steps: int) -> set[int]:
+        ldm.pipe.scheduler.set_timesteps(steps)
+        return set(ldm.pipe.scheduler.timesteps.tolist())
+
+    fitted_on = list(trajectories(replace(PROBE, samples=4, prompts=("a", "b", "c"))))
+    noises = [each.seed + sample for each in fitted_on for sample in range(each.samples)]
+    assert sorted(set(noises)) == noises
+    assert noises[0] == PROBE.seed + 4
+    seen = set().union(*(timesteps(each.num_inference_steps) for each in fitted_on))
+    assert len(seen) >= 45
+    assert all(len(timesteps(steps) - seen) >= 0.8 * steps for steps in (6, 10, 20, 25, 50))
+    assert [each.prompts[0] for each in fitted_on] == ["a", "b", "c", "a"]
+
+
+@pytest.mark.slow
+def test_a_linear_time_embedding_is_told_from_the_real_one() -> None:
+    """Fitted at the probe's own timesteps it scored 0.0001 here, and moved the latents of 20 steps by 4.5."""
+    pipeline = load("zoo:fashion")
+    candidate = discover(pipeline.denoiser, pipeline.call(Probe()), timing_repeats=0)["time_embedding"].candidate("pointwise")
+    edit = Edit(operator="time_embedding", replacement="pointwise", options=candidate.options)
+    few = Probe(samples=4, num_inference_steps=6)
+    fitted = fit_pointwise(pipeline, {edit.operator: edit.options}, few)
+    told, truth = (
+        next(iter(SCORERS["paper"]().scores(pipeline, [edit], probe, fitted=fitted, batch_size=None))).score
+        for probe in (few, replace(few, num_inference_steps=20))
+    )
+    assert told == pytest.approx(truth, rel=0.75)
+    assert told > 0.05
 
 
 def test_a_pointwise_stand_in_resamples_where_the_grid_changes() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ log = logging.getLogger(__name__)
 
 Options = Mapping[str, Any]
 Weights = dict[str, tuple[Tensor, Tensor]]
+TRAJECTORIES = (7, 11, 13, 17)  # their steps: 45 timesteps without a common grid
+SAMPLES = 8  # of each, at most
 MOMENT_BYTES = 256 * 2**20  # operators are fitted in groups, so that the sums of one group stay below this
 
 
@@ -29,8 +31,9 @@ def fit_pointwise(
     """The weight `(out, in)` and bias `(out,)` that map each operator's input to its output with the least squared error.
 
     `wanted` gives operators with the options of their pointwise stand-ins. The activations are those of the original on
-    the probe's whole trajectories. `ridge` is relative to the mean second moment of the inputs; the bias is not shrunk.
+    `trajectories(probe)`. `ridge` is relative to the mean second moment of the inputs; the bias is not shrunk.
     """
+    probe = pipeline.completed(probe)
     weights: Weights = {}
     for group in _groups(wanted):
         moments = {name: _Moments.empty(options["channels"]) for name, options in group.items()}
@@ -38,10 +41,29 @@ def fit_pointwise(
             for name, options in group.items():
                 hook = pipeline.denoiser.get_submodule(name).register_forward_hook(_watch(moments[name], options), with_kwargs=True)
                 stack.callback(hook.remove)
-            pipeline.latents(probe, batch_size=batch_size)
+            for trajectory in trajectories(probe):
+                pipeline.latents(trajectory, batch_size=batch_size)
         weights |= {name: moment.solve(ridge) for name, moment in moments.items()}
         log.info("fitted %d of %d pointwise stand-ins", len(weights), len(wanted))
     return weights
+
+
+def trajectories(probe: Probe) -> Iterator[Probe]:
+    """What stand-ins are fitted on: other noise, and mostly other timesteps, than those on which the probe scores them.
+
+    An operator of the timestep alone, such as a time embedding, gives one row for each timestep: fitted at the few that
+    the probe passes, it would be exact there, score nothing, and be wrong for every other number of steps.
+    """
+    samples = min(probe.samples, SAMPLES)
+    for number, steps in enumerate(TRAJECTORIES):
+        turned = number * samples % max(1, len(probe.prompts))
+        yield replace(
+            probe,
+            samples=samples,
+            num_inference_steps=steps,
+            seed=probe.seed + probe.samples + number * samples,
+            prompts=probe.prompts[turned:] + probe.prompts[:turned],
+        )
 
 
 @dataclass
