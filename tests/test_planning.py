@@ -18,7 +18,7 @@ from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Budget, Candidate, Cost, Operator, Operators, Score
 from ldpruner.record import Measurement
 from ldpruner.scoring import Run
-from ldpruner.selection import RANKINGS, choose, predict
+from ldpruner.selection import RANKINGS, choose, predict, reachable
 from ldpruner.surgery import prune as cut
 
 ZERO = {"returns": [], "many": False}
@@ -195,6 +195,27 @@ def test_the_plan_is_corrected_until_the_measured_latency_holds(run: tuple[Pipel
     assert 0.6 < planned.measured.ratio.value <= 0.75
     assert planned.plan.predicted["latency"] < 0.66, "the prediction alone would have stopped at 75 %"
     assert machine.asked > 1
+
+
+def test_a_reading_just_above_the_limit_removes_a_little_more_and_not_everything(
+    run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, scores = run
+    shares = [1.0, *reachable(scores.operators, scores.scores, "latency")]
+    place = max(range(1, len(shares) - 2), key=lambda k: shares[k - 1] - shares[k])
+    limit = shares[place - 1] - 0.001  # a gap lies below: every aim in it gives the choice at `place`
+    machine = SlowMachine(scores.operators, overhead=0.0)
+
+    def measure(plan: Plan, call: object) -> Comparison:
+        ratio = machine.measure(plan, call).ratio
+        slow = replace(ratio, value=max(ratio.value, limit + 0.0005) if ratio.value > shares[place] - 1e-9 else ratio.value)
+        return Comparison(first=slow, second=slow, ratio=slow)
+
+    monkeypatch.setattr(planning._Search, "_measure", staticmethod(measure))
+    planned = planning.plan(pipeline, scores, {"latency": f"{limit * 100}%"})
+    assert planned.measured is not None
+    assert planned.measured.ratio.value == pytest.approx(shares[place + 1])
+    assert machine.asked <= 6
 
 
 def test_a_latency_out_of_reach_says_what_was_measured(run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch) -> None:

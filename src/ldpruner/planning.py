@@ -17,7 +17,7 @@ from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Budget, Edit, Plan, Quantity, parse_budgets
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring import Run
-from ldpruner.selection import Choice, choose
+from ldpruner.selection import Choice, choose, reachable
 from ldpruner.surgery import Fitted, trial
 
 log = logging.getLogger(__name__)
@@ -65,6 +65,11 @@ def _ratio(planned: Planned) -> float:
     return planned.measured.ratio.value
 
 
+def _first(aims: Sequence[float], limit: float) -> int:
+    """The place of the first aim that is within the limit; the last one where none is."""
+    return next((place for place, aim in enumerate(aims) if aim <= limit), len(aims) - 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Search:
     pipeline: Pipeline
@@ -80,26 +85,33 @@ class _Search:
         return Planned(plan=self._plan(choice, self._call()), measured=None)
 
     def measured(self, targets: Targets, *, attempts: int = 10) -> Planned:
-        """Bisect the predicted target between what was measured to be too slow and what was fast enough."""
+        """Search the choices from the least removed to the most for the first that measures fast enough.
+
+        The search goes over choices: each attempt is another one than those before, between the largest that was too slow and
+        the smallest that was fast enough. It ends with a choice that is near enough, with no choice left in between, or after
+        `attempts` plans of which one was fast enough.
+        """
         call, limit = self._call(), targets["latency"]
-        too_slow, fast_enough, aim = 1.0, 0.0, limit
+        aims = [1.0, *reachable(self.run.operators, self.run.scores, "latency", selection=self.selection)]
+        too_slow, fast_enough, step = -1, len(aims), 1
         best: Planned | None = None
         seen: list[Planned] = []
-        for _ in range(attempts):
-            choice = self._choose({**targets, "latency": aim})
+        place = _first(aims, limit)
+        while fast_enough - too_slow > 1 and (best is None or len(seen) < attempts):
+            choice = self._choose({**targets, "latency": aims[place]})
             tried = self._try(choice, call, limit, seen)
             reached = _ratio(tried)
-            log.info("aimed at %.3f of the latency, predicted %.3f, measured %.3f", aim, choice.predicted["latency"], reached)
+            log.info("choice %d of %d: predicted %.3f, measured %.3f", place + 1, len(aims), choice.predicted["latency"], reached)
             if reached <= limit and self._counts_hold(choice, targets):
-                best, fast_enough = tried, aim
-            elif choice.exhausted:
-                break
+                best, fast_enough = tried, place
+                if reached > CLOSE * limit:
+                    break
             else:
-                too_slow = aim
-            if best is not None and (_ratio(best) > CLOSE * limit or too_slow - fast_enough < 1 - CLOSE):
-                break
-            proposed = aim * limit / reached
-            aim = proposed if fast_enough < proposed < too_slow else (too_slow + fast_enough) / 2
+                too_slow = place
+            proposed = _first(aims, aims[place] * limit / reached)
+            if best is None:  # readings just above the limit would creep along choices that save next to nothing
+                proposed, step = max(proposed, too_slow + step), 2 * step
+            place = min(max(proposed, too_slow + 1), fast_enough - 1)
         return best or self._everything(targets, call)
 
     def _try(self, choice: Choice, call: Call, limit: float, seen: list[Planned]) -> Planned:
@@ -118,7 +130,7 @@ class _Search:
         return seen[-1]
 
     def _everything(self, targets: Targets, call: Call) -> Planned:
-        """All that can go, for a budget that no attempt met. Raises `BudgetError` where that is not enough."""
+        """All that can go, where the last choice was still too slow. Raises `BudgetError` where a second reading agrees."""
         choice = self._choose(dict.fromkeys(targets, 0.0))
         made = self._plan(choice, call)
         comparison = self._measure(made, call)

@@ -1,6 +1,6 @@
 """Which operators to replace: a ranking per strategy, one rule for nesting, and the predicted cost of what is left."""
 
-from ldpruner.selection.choice import Choice, choose, predict, share
+from ldpruner.selection.choice import Choice, choose, predict, reachable, share
 from ldpruner.selection.rankings import RANKINGS, Option
 
-__all__ = ["RANKINGS", "Choice", "Option", "choose", "predict", "share"]
+__all__ = ["RANKINGS", "Choice", "Option", "choose", "predict", "reachable", "share"]

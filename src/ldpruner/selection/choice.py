@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldpruner.errors import BudgetError, RunError
@@ -27,29 +27,51 @@ def choose(operators: Operators, scores: Sequence[Score], targets: Mapping[Quant
     A block and its parts are never both replaced: what saves more of the quantity that is still over target stays.
     Raises `RunError` where scores are missing.
     """
-    options = _options(operators, scores)
-    first = next(iter(targets))
-    ranked = RANKINGS[selection]([option for option in options if option.saves[first] > 0], first)
-    for quantity in list(targets)[1:]:
-        seen = {option.score.key for option in ranked}
-        rest = [option for option in options if option.saves[quantity] > 0 and option.score.key not in seen]
-        ranked += RANKINGS[selection](rest, quantity)
-    chosen: Chosen = {}
-    left = operators.total
-    for option in ranked:
-        missed = [quantity for quantity, target in targets.items() if share(left, operators.total, quantity) > target]
-        if not missed:
-            break
-        changed = _with(chosen, option, operators)
-        after = predict(operators, changed)
-        if after.of(missed[0]) < left.of(missed[0]):
-            chosen, left = changed, after
+    chosen, left = Chosen(), operators.total
+    for chosen, left in _steps(operators, scores, targets, selection):  # noqa: B007  the last step is what counts
+        pass
     predicted = {quantity: share(left, operators.total, quantity) for quantity in QUANTITIES if operators.total.of(quantity)}
     return Choice(
         edits=_edits(operators, chosen, {entry.key: entry.score for entry in scores}),
         predicted=predicted,
         exhausted=any(predicted[quantity] > target for quantity, target in targets.items()),
     )
+
+
+def reachable(operators: Operators, scores: Sequence[Score], quantity: Quantity, *, selection: str = "order") -> list[float]:
+    """The shares of a quantity that `choose` can end at, one option more each time: each below the one before it.
+
+    `choose` gives one and the same answer for every target from one of them up to the one before.
+    """
+    steps = _steps(operators, scores, {quantity: 0.0}, selection)
+    return [share(left, operators.total, quantity) for _, left in steps]
+
+
+def _steps(
+    operators: Operators, scores: Sequence[Score], targets: Mapping[Quantity, float], selection: str
+) -> Iterator[tuple[Chosen, Cost]]:
+    """What is chosen and what is left after each option that is accepted, until every target is met or no option is left."""
+    chosen, left = Chosen(), operators.total
+    for option in _ranked(operators, scores, list(targets), selection):
+        missed = [quantity for quantity, target in targets.items() if share(left, operators.total, quantity) > target]
+        if not missed:
+            return
+        changed = _with(chosen, option, operators)
+        after = predict(operators, changed)
+        if after.of(missed[0]) < left.of(missed[0]):
+            chosen, left = changed, after
+            yield chosen, left
+
+
+def _ranked(operators: Operators, scores: Sequence[Score], quantities: Sequence[Quantity], selection: str) -> list[Option]:
+    """What saves of the first quantity in its ranking, then what saves of the others only."""
+    options = _options(operators, scores)
+    ranked: list[Option] = []
+    for quantity in quantities:
+        seen = {option.score.key for option in ranked}
+        rest = [option for option in options if option.saves[quantity] > 0 and option.score.key not in seen]
+        ranked += RANKINGS[selection](rest, quantity)
+    return ranked
 
 
 def share(left: Cost, total: Cost, quantity: Quantity) -> float:
