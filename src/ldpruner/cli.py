@@ -22,6 +22,7 @@ from ldpruner.options import (
     STYLE,
     as_json,
     budget_of,
+    choices_of,
     choosing,
     generating,
     loading,
@@ -103,16 +104,14 @@ def score(
 @replacing
 @as_json
 @loading
-def plan(
-    run: Path, out: Path, budgets: tuple[str, ...], selection: str, replacements: str | None, as_json: bool, **settings: Any
-) -> None:
+def plan(run: Path, out: Path, budgets: tuple[str, ...], replacements: str | None, as_json: bool, **settings: Any) -> None:
     """Choose what to remove under a budget, from the scores in RUN; latency is measured until it holds."""
     from ldpruner import planning, reporting, scoring
 
     budget = budget_of(budgets)
     scored = scoring.Run.load(run)
     pipeline = pipeline_of(scored.source, settings)
-    made = planning.plan(pipeline, scored, budget, selection=selection, replacements=names_of(replacements))
+    made = planning.plan(pipeline, scored, budget, replacements=names_of(replacements), **choices_of(settings))
     made.plan.save(out)
     measured = made.measured.ratio.value if made.measured else None
     if as_json:
@@ -140,7 +139,6 @@ def prune(
     model: str,
     out: Path,
     budgets: tuple[str, ...],
-    selection: str,
     plan_file: Path | None,
     run: Path | None,
     form: str,
@@ -170,17 +168,20 @@ def prune(
         probe=probe_of(settings),
         run=run,
         method=method,
-        selection=selection,
         replacements=names_of(replacements),
         batch_size=batch_size,
         progress=_progress,
+        **choices_of(settings),
     )
     pruned.save_pretrained(out, form=form)
     if as_json:
         _print_json({**pruned.summary(), "out": str(out)})
         return
     print(reporting.printed(reporting.comparison_table(pruned.record())))
-    print(f"{len(pruned.plan.edits)} operators replaced, latent shift {pruned.latent_shift:.4g}. Written to {out}; load it with\n")
+    before = pruned.latent_shift_before_repair
+    repaired = "" if before is None else f" ({before:.4g} before repair)"
+    print(f"{len(pruned.plan.edits)} operators replaced, latent shift {pruned.latent_shift:.4g}{repaired}.", end=" ")
+    print(f"Written to {out}; load it with\n")
     print(artifacts.loading_lines(str(out), form))
 
 

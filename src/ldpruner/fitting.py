@@ -36,7 +36,7 @@ def fit_pointwise(
     probe = pipeline.completed(probe)
     weights: Weights = {}
     for group in _groups(wanted):
-        moments = {name: _Moments.empty(options["channels"]) for name, options in group.items()}
+        moments = {name: Moments.empty(options["channels"]) for name, options in group.items()}
         with ExitStack() as stack:
             for name, options in group.items():
                 hook = pipeline.denoiser.get_submodule(name).register_forward_hook(_watch(moments[name], options), with_kwargs=True)
@@ -67,14 +67,14 @@ def trajectories(probe: Probe) -> Iterator[Probe]:
 
 
 @dataclass
-class _Moments:
+class Moments:
     """Sums over every position seen: inputs with a one appended, against themselves and against outputs."""
 
     inputs: Tensor  # (in + 1, in + 1)
     crossed: Tensor  # (in + 1, out)
 
     @classmethod
-    def empty(cls, channels: list[int]) -> _Moments:
+    def empty(cls, channels: list[int]) -> Moments:
         width, out = channels[0] + 1, channels[1]
         return cls(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, out, dtype=torch.float64))
 
@@ -84,24 +84,27 @@ class _Moments:
         self.inputs += (rows.T @ rows).double().cpu()
         self.crossed += (rows.T @ made).double().cpu()
 
-    def solve(self, ridge: float) -> tuple[Tensor, Tensor]:
-        """Ridge regression: (X^T X + r I) W = X^T Y."""
+    def solve(self, ridge: float, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Ridge regression towards `prior` `(out, in)`, zero by default: (X^T X + r I) W = X^T Y + r P."""
         penalty = self.inputs.diagonal()[:-1].mean() * ridge + torch.finfo(torch.float64).tiny
-        damped = self.inputs.clone()
+        damped, wanted = self.inputs.clone(), self.crossed.clone()
         damped.diagonal()[:-1] += penalty
-        solution = torch.linalg.lstsq(damped, self.crossed, driver="gelsd").solution.float()
+        if prior is not None:
+            wanted[:-1] += penalty * prior.T.double().cpu()
+        solution = torch.linalg.lstsq(damped, wanted, driver="gelsd").solution.float()
         return solution[:-1].T.contiguous(), solution[-1].contiguous()
 
 
-def _watch(moments: _Moments, options: Options) -> Any:
+def _watch(moments: Moments, options: Options) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         given = resample(StandIn.pick(options["source"], args, kwargs), options["grid"])
-        moments.add(_rows(given), _rows(output))
+        moments.add(rows(given), rows(output))
 
     return hook
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def rows(tensor: Tensor) -> Tensor:
+    """Every position of a tensor as a row of its channels, `(positions, channels)`, float32."""
     axis = channel_axis(tensor)
     return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis]).float()
 

@@ -51,20 +51,43 @@ class StandIn(nn.Module):
 
 
 class Identity(StandIn):
-    """Returns its input. Options: `returns`, one source, or a list of sources for an operator that gives a tuple."""
+    """Returns its input. Options: `returns`, one source, or a list of sources for an operator that gives a tuple.
+
+    With `correction`, a number of channels, the one input times a scale plus a shift, both per channel.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        if "correction" in options:
+            self.scale = nn.Parameter(torch.ones(options["correction"]))
+            self.shift = nn.Parameter(torch.zeros(options["correction"]))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         returns = self.options["returns"]
         if self.options["many"]:
             return tuple(self.pick(source, args, kwargs) for source in returns)
-        return self.pick(returns[0], args, kwargs)
+        inputs = self.pick(returns[0], args, kwargs)
+        if "correction" not in self.options:
+            return inputs
+        return torch.addcmul(along_channels(self.shift, inputs.ndim), inputs, along_channels(self.scale, inputs.ndim))
 
 
 class Zero(StandIn):
-    """Returns zeros that hold no memory. Options: `returns`, per output a source and a shape made from the source's."""
+    """Returns zeros that hold no memory. Options: `returns`, per output a source and a shape made from the source's.
+
+    With `correction`, a number of channels, the one output is a constant per channel instead.
+    """
+
+    def __init__(self, options: dict[str, Any]) -> None:
+        super().__init__(options)
+        if "correction" in options:
+            self.shift = nn.Parameter(torch.zeros(options["correction"]))
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         zeros = tuple(self._zeros(self.pick(piece["source"], args, kwargs), piece["shape"]) for piece in self.options["returns"])
+        if "correction" in self.options:
+            shift = self.shift.clone()  # a view of a parameter itself, made without gradients, breaks PyTorch's module tracker
+            return along_channels(shift, zeros[0].ndim).expand(zeros[0].shape)
         return zeros if self.options["many"] else zeros[0]
 
     @staticmethod
@@ -75,7 +98,10 @@ class Zero(StandIn):
 
 
 class Shortcut(StandIn):
-    """Keeps one child of a block, the one on its skip path. Options: `source`, `child` (its name), `scale`."""
+    """Keeps one child of a block, the one on its skip path. Options: `source`, `child` (its name), `scale`.
+
+    A `correction` per channel is part of the child's own weights.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         kept = self.get_submodule(self.options["child"])(self.pick(self.options["source"], args, kwargs))
@@ -101,6 +127,11 @@ class Pointwise(StandIn):
         kernel = self.map.weight.view(*self.map.weight.shape, *(1,) * (inputs.ndim - 2))
         convolve = F.conv2d if inputs.ndim == 4 else F.conv3d
         return convolve(inputs, kernel, self.map.bias)
+
+
+def along_channels(values: Tensor, ndim: int) -> Tensor:
+    """Values per channel in a shape that spreads over a tensor of `ndim` dimensions: channels are second, below rank 4 last."""
+    return values.view(-1, *(1,) * (ndim - 2)) if ndim > 3 else values
 
 
 def resample(inputs: Tensor, grid: list[list[int]] | None) -> Tensor:
@@ -130,7 +161,7 @@ def install(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
         original = model.get_submodule(path)
         stand_in = build(entry["replacement"], entry["options"], original)
         parameter = next(original.parameters(), None)
-        if isinstance(stand_in, Pointwise) and parameter is not None:
+        if parameter is not None and not isinstance(stand_in, Shortcut):
             stand_in.to(device=parameter.device, dtype=parameter.dtype)
         parent, _, name = path.rpartition(".")
         model.get_submodule(parent)._modules[name] = stand_in.train(original.training)

@@ -67,6 +67,16 @@ choosing = _stacked(
     click.option(
         "--selection", default="order", show_default=True, help="What goes first: order (lowest score), ratio (score per saving)."
     ),
+    click.option("--protect-ends", default=0, show_default=True, help="Blocks at each end of every stage that stay whole."),
+    click.option("--stage-cap", default=1.0, show_default=True, help="The most that may go of a stage, as a share of its cost."),
+    click.option("--apart", default=0, show_default=True, help="Blocks of a stage that lie between two replaced ones, at least."),
+    click.option(
+        "--repair",
+        default="none",
+        show_default=True,
+        type=click.Choice(["none", "closed-form"]),
+        help="Fit the stand-ins to each other once all are chosen.",
+    ),
 )
 
 
@@ -98,6 +108,14 @@ def probe_of(settings: Settings) -> Probe:
     return Probe(prompts=prompts, **{name: settings[name] for name in names})
 
 
+def choices_of(settings: Settings) -> dict[str, Any]:
+    """What the options of `choosing` say besides budgets, as `planning.plan` and `workflow.prune` take it."""
+    from ldpruner.selection import Priors
+
+    priors = Priors(**{name: settings[name] for name in ("protect_ends", "stage_cap", "apart")})
+    return {"selection": settings["selection"], "repair": settings["repair"], "priors": priors}
+
+
 def budget_of(given: tuple[str, ...]) -> dict[str, str | float]:
     """`QUANTITY=LIMIT` entries by quantity; raises `BudgetError` where one does not read so."""
     from ldpruner.plans import parse_budgets
@@ -116,7 +134,7 @@ def budget_of(given: tuple[str, ...]) -> dict[str, str | float]:
 
 SETTLED_BY_A_PLAN = {
     "run", "samples", "num_inference_steps", "seed", "prompts", "prompts_file", "guidance_scale", "method", "selection",
-    "replacements",
+    "replacements", "protect_ends", "stage_cap", "apart", "repair",
 }  # fmt: skip
 
 

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-
-from torch import nn
 
 from ldpruner.benchmarking import Comparison, compare_calls
 from ldpruner.errors import BudgetError, RunError
 from ldpruner.operators.discovery import find_dead
 from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Budget, Edit, Plan, Quantity, parse_budgets
+from ldpruner.plans import Budget, Plan, Quantity, Repairing, corrected, parse_budgets
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring import Run
-from ldpruner.selection import Choice, choose, reachable
-from ldpruner.surgery import Fitted, trial
+from ldpruner.selection import Choice, Priors, choose, reachable
+from ldpruner.selection.choice import FREE
+from ldpruner.surgery import pruned_view
 
 log = logging.getLogger(__name__)
 
@@ -41,13 +39,16 @@ def plan(
     *,
     selection: str = "order",
     replacements: Sequence[str] | None = None,
+    priors: Priors = FREE,
+    repair: Repairing = "none",
     rounds: int = 31,
 ) -> Planned:
     """Choose edits from the scores of `run` so that every budget holds.
 
     MACs and parameters are counted. Latency is predicted from the operators' times, then measured on the pruned denoiser
     (`rounds` pairs of calls), and the prediction's target moved until the measured value holds with as little removed as
-    the measurements can tell. Raises `BudgetError` with what can be reached where a budget is out of reach.
+    the measurements can tell. With `repair`, what the stand-ins then hold besides is part of what is measured. Raises
+    `BudgetError` with what can be reached where a budget is out of reach.
     """
     if weights_digest(pipeline.denoiser) != run.weights:
         raise RunError(f"{pipeline.source}: its weights are not those that were scored as {run.source}. Score it anew.")
@@ -56,7 +57,15 @@ def plan(
         REPLACEMENTS[name]
     scores = [entry for entry in run.scores if replacements is None or entry.replacement in replacements]
     targets: Targets = {b.quantity: b.share(run.operators.total) for b in budgets}
-    search = _Search(pipeline=pipeline, run=replace(run, scores=tuple(scores)), budgets=budgets, selection=selection, rounds=rounds)
+    search = _Search(
+        pipeline=pipeline,
+        run=replace(run, scores=tuple(scores)),
+        budgets=budgets,
+        selection=selection,
+        priors=priors,
+        repair=repair,
+        rounds=rounds,
+    )
     return search.measured(targets) if "latency" in targets else search.counted(targets)
 
 
@@ -76,6 +85,8 @@ class _Search:
     run: Run
     budgets: tuple[Budget, ...]
     selection: str
+    priors: Priors
+    repair: Repairing
     rounds: int
 
     def counted(self, targets: Targets) -> Planned:
@@ -92,7 +103,7 @@ class _Search:
         `attempts` plans of which one was fast enough.
         """
         call, limit = self._call(), targets["latency"]
-        aims = [1.0, *reachable(self.run.operators, self.run.scores, "latency", selection=self.selection)]
+        aims = [1.0, *reachable(self.run.operators, self.run.scores, "latency", selection=self.selection, priors=self.priors)]
         too_slow, fast_enough, step = -1, len(aims), 1
         best: Planned | None = None
         seen: list[Planned] = []
@@ -144,7 +155,7 @@ class _Search:
         return all(choice.predicted[quantity] <= target for quantity, target in targets.items() if quantity != "latency")
 
     def _choose(self, targets: Targets) -> Choice:
-        return choose(self.run.operators, self.run.scores, targets, selection=self.selection)
+        return choose(self.run.operators, self.run.scores, targets, selection=self.selection, priors=self.priors)
 
     def _call(self) -> Call:
         return self.pipeline.call(self.run.probe)
@@ -154,11 +165,12 @@ class _Search:
         return Plan(
             model=self.run.operators.model,
             denoiser=self.run.operators.denoiser,
-            edits=edits,
+            edits=corrected(edits, self.run.operators) if self.repair == "closed-form" else edits,
             budgets=self.budgets,
             predicted={str(quantity): value for quantity, value in choice.predicted.items()},
             probe=self.run.probe,
-            selection=f"{self.run.method}/{self.selection}",
+            selection="/".join(filter(None, (self.run.method, self.selection, str(self.priors)))),
+            repair=self.repair,
         )
 
     def _measure(self, made: Plan, call: Call) -> Comparison:
@@ -175,10 +187,3 @@ class _Search:
             f"{asked} cannot be met: all {count} removable operators together reach {floor}. Ask for that or more, or allow "
             "more replacements."
         )
-
-
-def pruned_view(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted) -> nn.Module:
-    """A denoiser with the edits made that shares every weight it keeps with `denoiser`, which stays as it is."""
-    with trial(denoiser, edits, fitted=fitted):
-        shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
-        return copy.deepcopy(denoiser, dict(shared))

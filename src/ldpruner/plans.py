@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from ldpruner.probes import Probe
 
 SCHEMA = 1
 Quantity = Literal["latency", "macs", "params"]
+Repairing = Literal["none", "closed-form"]
 QUANTITIES: tuple[Quantity, ...] = ("latency", "macs", "params")
 
 
@@ -64,6 +65,8 @@ class Operator:
     parent: str | None  # the nearest enclosing operator
     candidates: tuple[Candidate, ...]  # empty for a module that can only die with another
     if_dead: Mapping[str, Any] | None  # options of the `zero` that holds its place once nothing reads its output
+    block: str = ""  # the block that it is or lies in, and
+    stage: str = ""  # the stage of that, or the one that it is; see `operators.stages`
 
     def candidate(self, replacement: str) -> Candidate:
         """The candidate of that name. Raises `OperatorError` where it does not fit this operator."""
@@ -120,14 +123,14 @@ class Operators:
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What replacing one operator does to the generated latents; low means that it can go."""
+    """What replacing one operator costs, by the method that scored it; low means that it can go."""
 
     operator: str
     replacement: str
     score: float
-    mean_shift: float
-    std_shift: float
     seconds: float
+    mean_shift: float | None = None  # the two terms of the paper's score; other methods have none
+    std_shift: float | None = None
 
     @property
     def key(self) -> tuple[str, str]:
@@ -149,6 +152,22 @@ def dead_edit(operator: Operator) -> Edit:
     """The edit that takes a dead operator away: nothing reads its output, so zeros of its shape hold its place."""
     assert operator.if_dead is not None
     return Edit(operator=operator.name, replacement="zero", options=operator.if_dead, reason="dead")
+
+
+def corrected(edits: Iterable[Edit], operators: Operators) -> tuple[Edit, ...]:
+    """The edits, with room for a scale and a shift per channel in every stand-in that can hold them.
+
+    Pointwise maps need none; what is dead has no one to correct it for.
+    """
+    return tuple(_corrected(edit, operators[edit.operator]) for edit in edits)
+
+
+def _corrected(edit: Edit, operator: Operator) -> Edit:
+    single = not edit.options.get("many", False)
+    if edit.reason == "dead" or edit.replacement == "pointwise" or not single or len(operator.output_shape) < 2:
+        return edit
+    channels = operator.output_shape[1 if len(operator.output_shape) > 3 else -1]
+    return replace(edit, options={**edit.options, "correction": channels})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +218,7 @@ class Plan:
     predicted: Mapping[str, float] = field(default_factory=dict)  # quantity -> share of the original
     probe: Probe | None = None  # what the scores, and fitted stand-ins, were made from
     selection: str = ""
+    repair: Repairing = "none"  # how stand-ins are fitted to each other once all edits are made
 
     def check_model(self, model: str, denoiser: str) -> None:
         """Raise `PlanError` where this plan belongs to another architecture."""
@@ -231,6 +251,7 @@ class Plan:
             predicted=data["predicted"],
             probe=Probe.from_json(data["probe"]) if data["probe"] else None,
             selection=data["selection"],
+            repair=data.get("repair", "none"),
         )
 
     @classmethod

@@ -12,18 +12,25 @@ import torch
 from torch import Tensor, nn
 
 from ldpruner.errors import OperatorError, PlanError, suggest
-from ldpruner.ldpruner_v1 import FORMAT_VERSION, STAND_INS, Method, Pointwise, build, install
+from ldpruner.ldpruner_v1 import FORMAT_VERSION, STAND_INS, Identity, Method, Pointwise, Shortcut, StandIn, Zero, build, install
 from ldpruner.operators.tracing import Call, architecture, meta_copy
 from ldpruner.plans import Edit, Plan, within
 
-Fitted = Mapping[str, tuple[Tensor, Tensor]]  # operator -> weight (out, in) and bias (out) of its pointwise stand-in
+# Operator -> weight (out, in) and bias (out) of its pointwise map; `correction_of(operator)` -> scale and shift, (channels) both.
+Fitted = Mapping[str, tuple[Tensor, Tensor]]
+
+
+def correction_of(operator: str) -> str:
+    """The name of an operator's correction in `Fitted`: it may have been fitted as a pointwise map as well."""
+    return f"{operator}:correction"
 
 
 def prune(denoiser: nn.Module, plan: Plan, *, fitted: Fitted | None = None) -> nn.Module:
     """A smaller copy of `denoiser`; the original stays as it was, and only what is kept is copied.
 
-    `fitted` holds the weights of pointwise stand-ins, see `fitting.fit_pointwise`. Raises `PlanError` where the plan is
-    for another model or needs weights that are not given.
+    `fitted` holds the weights of pointwise stand-ins, see `fitting.fit_pointwise`, and corrections, see `recovery.repair`; a
+    correction that is not given changes nothing. Raises `PlanError` where the plan is for another model or needs weights that
+    are not given.
     """
     plan.check_model(architecture(denoiser), type(denoiser).__name__)
     with trial(denoiser, plan.edits, fitted=fitted):
@@ -96,20 +103,41 @@ def _stand_in(original: nn.Module, edit: Edit, denoiser: nn.Module, fitted: Fitt
         stand_in = build(edit.replacement, dict(edit.options), original)
     except (KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"{edit.operator}: the plan's options do not make a {edit.replacement!r} ({error}).") from error
-    if isinstance(stand_in, Pointwise):
-        stand_in = _with_weights(stand_in, edit.operator, original, denoiser, fitted)
-    return stand_in.train(original.training)
-
-
-def _with_weights(stand_in: Pointwise, operator: str, original: nn.Module, denoiser: nn.Module, fitted: Fitted) -> Pointwise:
-    if operator not in fitted:
-        raise PlanError(f"{operator}: a pointwise stand-in needs fitted weights; prune the whole pipeline, which fits them.")
-    weight, bias = fitted[operator]
     like = next(original.parameters(), next(denoiser.parameters()))
-    with torch.no_grad():
+    if isinstance(stand_in, Pointwise) and edit.operator not in fitted:
+        raise PlanError(f"{edit.operator}: a pointwise stand-in needs fitted weights; prune the whole pipeline, which fits them.")
+    name = edit.operator if isinstance(stand_in, Pointwise) else correction_of(edit.operator)
+    if isinstance(stand_in, Pointwise) or ("correction" in edit.options and name in fitted):
+        set_fitted(stand_in, *fitted[name])
+    return stand_in.to(device=like.device, dtype=like.dtype).train(original.training)
+
+
+@torch.no_grad()
+def set_fitted(stand_in: StandIn, weight: Tensor, bias: Tensor) -> None:
+    """Give a stand-in its weights, see `Fitted`. A shortcut takes a scale and a shift into the child that it keeps.
+
+    That child is copied first: it may be the original's own.
+    """
+    if isinstance(stand_in, Pointwise):
         stand_in.map.weight.copy_(weight)
         stand_in.map.bias.copy_(bias)
-    return stand_in.to(device=like.device, dtype=like.dtype)
+    elif isinstance(stand_in, Identity):
+        stand_in.scale.copy_(weight)
+        stand_in.shift.copy_(bias)
+    elif isinstance(stand_in, Zero):
+        stand_in.shift.copy_(bias)
+    elif isinstance(stand_in, Shortcut):
+        child: Any = copy.deepcopy(stand_in.get_submodule(stand_in.options["child"]))
+        child.weight.mul_(weight.to(child.weight).view(-1, *(1,) * (child.weight.ndim - 1)))
+        child.bias.mul_(weight.to(child.bias)).add_(bias.to(child.bias) / stand_in.options["scale"])
+        stand_in._modules[stand_in.options["child"]] = child
+
+
+def pruned_view(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted) -> nn.Module:
+    """A denoiser with the edits made that shares every weight it keeps with `denoiser`, which stays as it is."""
+    with trial(denoiser, edits, fitted=fitted):
+        shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
+        return copy.deepcopy(denoiser, dict(shared))
 
 
 def _check_apart(edits: Sequence[Edit]) -> None:

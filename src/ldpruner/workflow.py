@@ -21,13 +21,14 @@ from ldpruner.fitting import fit_pointwise, pointwise_wanted
 from ldpruner.operators.tracing import architecture, count_macs
 from ldpruner.pipelines import Model, Pipeline, as_pipeline
 from ldpruner.planning import plan as make_plan
-from ldpruner.planning import pruned_view
-from ldpruner.plans import Plan, parse_budgets
+from ldpruner.plans import Plan, Repairing, parse_budgets
 from ldpruner.probes import Probe
+from ldpruner.recovery.closed_form import repair as fit_together
 from ldpruner.scoring import score
 from ldpruner.scoring.engine import Progress
 from ldpruner.scoring.latent import latent_shift
-from ldpruner.selection import RANKINGS
+from ldpruner.selection import RANKINGS, Priors
+from ldpruner.selection.choice import FREE
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ class Pruned:
     params: tuple[int, int]  # original, pruned
     macs: tuple[int, int]  # of one denoiser call for one sample
     latent_shift: float  # of all edits together, by the paper's formula on the plan's probe
+    latent_shift_before_repair: float | None = None
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -59,6 +61,7 @@ class Pruned:
             "params_ratio": self.params[1] / self.params[0],
             "macs_ratio": self.macs[1] / self.macs[0],
             "latent_shift": self.latent_shift,
+            "latent_shift_before_repair": self.latent_shift_before_repair,
             "edits": len(self.plan.edits),
         }
 
@@ -89,13 +92,16 @@ def prune(
     method: str = "paper",
     selection: str = "order",
     replacements: Sequence[str] | None = None,
+    priors: Priors = FREE,
+    repair: Repairing = "none",
     batch_size: int | None = None,
     progress: Progress | None = None,
 ) -> Pruned:
     """Score, plan and prune a pipeline; the model that was given stays as it was.
 
     Give a `budget` such as `{"latency": "65%"}`, or a `plan` made before. `run` names a folder that keeps the scores: they
-    are resumed and reused from there. Raises `LDPrunerError` with what to do.
+    are resumed and reused from there. `priors` limit where operators may go; `repair="closed-form"` fits the stand-ins to each
+    other, see `recovery.repair`. Raises `LDPrunerError` with what to do.
     """
     if (budget is None) == (plan is None):
         raise PlanError("give either a budget or a plan.")
@@ -116,12 +122,12 @@ def prune(
         batch_size=batch_size,
         progress=progress,
     )
-    planned = make_plan(pipeline, scored, budget, selection=selection, replacements=replacements)
+    planned = make_plan(pipeline, scored, budget, selection=selection, replacements=replacements, priors=priors, repair=repair)
     return _measured(pipeline, planned.plan, scored.fitted, planned.measured, batch_size)
 
 
 def apply(pipeline: Pipeline, plan: Plan, *, batch_size: int | None = None) -> Pruned:
-    """Prune by a plan; pointwise stand-ins are fitted anew on the plan's probe. Raises `PlanError` for another model's."""
+    """Prune by a plan; stand-ins are fitted anew, on the plan's probe. Raises `PlanError` for another model's."""
     plan.check_model(architecture(pipeline.denoiser), type(pipeline.denoiser).__name__)
     surgery.check_edits(pipeline.denoiser, plan.edits, pipeline.call(plan.probe or Probe()))
     fitted = fit_pointwise(pipeline, pointwise_wanted(plan.edits), plan.probe or Probe(), batch_size=batch_size)
@@ -131,20 +137,28 @@ def apply(pipeline: Pipeline, plan: Plan, *, batch_size: int | None = None) -> P
 def _measured(pipeline: Pipeline, plan: Plan, fitted: surgery.Fitted, latency: Comparison | None, batch_size: int | None) -> Pruned:
     probe = plan.probe or Probe()
     original = pipeline.denoiser
+    reference = pipeline.latents(probe, batch_size=batch_size)
+
+    def shift_of(denoiser: nn.Module) -> float:
+        with pipeline.with_denoiser(denoiser):
+            return latent_shift(reference, pipeline.latents(probe, batch_size=batch_size))
+
+    before = None
+    if plan.repair == "closed-form":
+        before = shift_of(surgery.pruned_view(original, plan.edits, fitted))
+        fitted = fit_together(pipeline, plan.edits, probe, fitted=fitted, batch_size=batch_size)
     denoiser = surgery.prune(original, plan, fitted=fitted)
     call = pipeline.call(probe)
-    reference = pipeline.latents(probe, batch_size=batch_size)
-    with pipeline.with_denoiser(denoiser):
-        shift = latent_shift(reference, pipeline.latents(probe, batch_size=batch_size))
     return Pruned(
         pipeline=pipeline,
         denoiser=denoiser,
         plan=plan,
         fitted=fitted,
-        latency=latency or compare_calls(original, pruned_view(original, plan.edits, fitted), call),
+        latency=latency or compare_calls(original, surgery.pruned_view(original, plan.edits, fitted), call),
         params=(_params(original), _params(denoiser)),
         macs=(count_macs(original, call), count_macs(denoiser, call)),
-        latent_shift=shift,
+        latent_shift=shift_of(denoiser),
+        latent_shift_before_repair=before,
     )
 
 

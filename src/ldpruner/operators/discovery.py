@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ldpruner.errors import PipelineError
 from ldpruner.ldpruner_v1 import build, install
+from ldpruner.operators.stages import stage_of_blocks
 from ldpruner.operators.timing import device_of, time_modules, time_pointwise
 from ldpruner.operators.tracing import Call, Trace, Traced, architecture, meta_copy, tensors_in, trace
 from ldpruner.plans import Candidate, Cost, Edit, Operator, Operators, dead_edit, outermost, within
@@ -101,7 +102,7 @@ class _Survey:
         self.zeros = {entry.name: zeros_like_output(entry) for entry in once if _params(entry.module)}
         self.alive = self.trace.dataflow.reaching()
         found = [operator for operator in map(self._operator, once) if operator.candidates or operator.if_dead]
-        return _with_parents(found)
+        return _with_parents(_with_stages(found, stage_of_blocks(self.skeleton, self.trace.modules)))
 
     def _operator(self, entry: Traced) -> Operator:
         return Operator(
@@ -169,6 +170,15 @@ class _Survey:
     def _died(self, name: str, reaching: set[int]) -> bool:
         operations = self.trace.modules[name].operations
         return not reaching.intersection(operations) and bool(self.alive.intersection(operations))
+
+
+def _with_stages(operators: list[Operator], stages: Mapping[str, str]) -> list[Operator]:
+    def placed(operator: Operator) -> Operator:
+        block = next((block for block in stages if within(operator.name, block)), "")
+        stage = stages.get(block) or next((stage for stage in stages.values() if operator.name == stage), "")
+        return replace(operator, block=block, stage=stage)
+
+    return [placed(operator) for operator in operators]
 
 
 def _with_parents(operators: list[Operator]) -> list[Operator]:

@@ -1,7 +1,31 @@
 """How much each operator matters: one scorer per file, one engine that runs, stores and resumes them."""
 
-from ldpruner.scoring import latent
+from ldpruner.scoring import (
+    bk_sdm,
+    block_influence,
+    chance,
+    diff_pruning,
+    ends_and_spread,
+    latent,
+    magnitude,
+    output_mse,
+    taylor,
+)
 from ldpruner.scoring.base import SCORERS, Scorer
 from ldpruner.scoring.engine import Run, score
 
-__all__ = ["SCORERS", "Run", "Scorer", "latent", "score"]
+__all__ = [
+    "SCORERS",
+    "Run",
+    "Scorer",
+    "bk_sdm",
+    "block_influence",
+    "chance",
+    "diff_pruning",
+    "ends_and_spread",
+    "latent",
+    "magnitude",
+    "output_mse",
+    "score",
+    "taylor",
+]

@@ -1,6 +1,7 @@
 """Which operators to replace: a ranking per strategy, one rule for nesting, and the predicted cost of what is left."""
 
 from ldpruner.selection.choice import Choice, choose, predict, reachable, share
+from ldpruner.selection.priors import Priors
 from ldpruner.selection.rankings import RANKINGS, Option
 
-__all__ = ["RANKINGS", "Choice", "Option", "choose", "predict", "reachable", "share"]
+__all__ = ["RANKINGS", "Choice", "Option", "Priors", "choose", "predict", "reachable", "share"]

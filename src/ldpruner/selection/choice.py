@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from ldpruner.errors import BudgetError, RunError
 from ldpruner.plans import QUANTITIES, Candidate, Cost, Edit, Operator, Operators, Quantity, Score, dead_edit, outermost, within
+from ldpruner.selection.priors import Priors
 from ldpruner.selection.rankings import RANKINGS, Option
 
 Chosen = dict[str, Candidate]  # operator -> its replacement
+FREE = Priors()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,14 +23,21 @@ class Choice:
     exhausted: bool = False  # whether every option that saves anything was taken, and still a target is missed
 
 
-def choose(operators: Operators, scores: Sequence[Score], targets: Mapping[Quantity, float], *, selection: str = "order") -> Choice:
+def choose(
+    operators: Operators,
+    scores: Sequence[Score],
+    targets: Mapping[Quantity, float],
+    *,
+    selection: str = "order",
+    priors: Priors = FREE,
+) -> Choice:
     """Accept options in the ranking's order until every target (a share of the original) is predicted to be met.
 
-    A block and its parts are never both replaced: what saves more of the quantity that is still over target stays.
-    Raises `RunError` where scores are missing.
+    A block and its parts are never both replaced: what saves more of the quantity that is still over target stays. What
+    `priors` do not allow beside what is chosen already is passed over. Raises `RunError` where scores are missing.
     """
     chosen, left = Chosen(), operators.total
-    for chosen, left in _steps(operators, scores, targets, selection):  # noqa: B007  the last step is what counts
+    for chosen, left in _steps(operators, scores, targets, selection, priors):  # noqa: B007  the last step is what counts
         pass
     predicted = {quantity: share(left, operators.total, quantity) for quantity in QUANTITIES if operators.total.of(quantity)}
     return Choice(
@@ -38,17 +47,19 @@ def choose(operators: Operators, scores: Sequence[Score], targets: Mapping[Quant
     )
 
 
-def reachable(operators: Operators, scores: Sequence[Score], quantity: Quantity, *, selection: str = "order") -> list[float]:
+def reachable(
+    operators: Operators, scores: Sequence[Score], quantity: Quantity, *, selection: str = "order", priors: Priors = FREE
+) -> list[float]:
     """The shares of a quantity that `choose` can end at, one option more each time: each below the one before it.
 
     `choose` gives one and the same answer for every target from one of them up to the one before.
     """
-    steps = _steps(operators, scores, {quantity: 0.0}, selection)
+    steps = _steps(operators, scores, {quantity: 0.0}, selection, priors)
     return [share(left, operators.total, quantity) for _, left in steps]
 
 
 def _steps(
-    operators: Operators, scores: Sequence[Score], targets: Mapping[Quantity, float], selection: str
+    operators: Operators, scores: Sequence[Score], targets: Mapping[Quantity, float], selection: str, priors: Priors
 ) -> Iterator[tuple[Chosen, Cost]]:
     """What is chosen and what is left after each option that is accepted, until every target is met or no option is left."""
     chosen, left = Chosen(), operators.total
@@ -58,7 +69,7 @@ def _steps(
             return
         changed = _with(chosen, option, operators)
         after = predict(operators, changed)
-        if after.of(missed[0]) < left.of(missed[0]):
+        if after.of(missed[0]) < left.of(missed[0]) and priors.allow(changed, operators, missed[0]):
             chosen, left = changed, after
             yield chosen, left
 

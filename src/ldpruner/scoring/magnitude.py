@@ -1,0 +1,44 @@
+"""Small weights matter little: the oldest criterion of pruning, here for whole operators."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from ldpruner.pipelines import Pipeline
+from ldpruner.plans import Edit, Score
+from ldpruner.probes import Probe
+from ldpruner.scoring.base import SCORERS
+from ldpruner.scoring.shared import scored, stand_in
+from ldpruner.surgery import Fitted
+
+
+@SCORERS.register("magnitude")
+@dataclass(frozen=True, kw_only=True)
+class MagnitudeScorer:
+    """Mean absolute weight, biases included, of all that an edit takes away; 0 for an operator without parameters.
+
+    After Li et al. (arXiv 1608.08710), who sum over filters of one layer; across operators of all sizes a sum would only
+    count parameters, so it is a mean per parameter. What a stand-in keeps, such as the child of a shortcut, is not
+    counted. A norm's weights lie about 1 and a convolution's far below: norms score high. Costs no denoiser pass.
+    """
+
+    def scores(
+        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
+    ) -> Iterator[Score]:
+        for edit in edits:
+            began = time.perf_counter()
+            kept = stand_in(pipeline.denoiser, edit, fitted=fitted)
+            value = mean_magnitude(pipeline.denoiser.get_submodule(edit.operator), kept)
+            yield scored(edit, value, seconds=time.perf_counter() - began)
+
+
+def mean_magnitude(operator: nn.Module, kept: nn.Module) -> float:
+    """sum |w| / count over the parameters of `operator` that are not in `kept`."""
+    still = {id(parameter) for parameter in kept.parameters()}
+    gone = [parameter.detach() for parameter in operator.parameters() if id(parameter) not in still]
+    count = sum(parameter.numel() for parameter in gone)
+    return sum(float(parameter.abs().double().sum()) for parameter in gone) / count if count else 0.0

@@ -1,0 +1,198 @@
+"""Repair in closed form: stand-ins fitted front to back, on what the pruned model gives them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from conftest import PROBE, Command
+from ldpruner import Edit, Plan, apply, fitting, prune
+from ldpruner.fitting import Moments, fit_pointwise, pointwise_wanted, trajectories
+from ldpruner.ldpruner_v1 import Identity, Pointwise, Shortcut, Zero
+from ldpruner.operators.tracing import tensors_in, weights_digest
+from ldpruner.pipelines import Pipeline, load
+from ldpruner.plans import Operators, corrected
+from ldpruner.recovery.closed_form import ChannelSums, in_calling_order, reach, repair
+from ldpruner.surgery import correction_of, pruned_view, removed_operators, set_fitted
+from ldpruner.trajectories import record_calls
+
+WANTED = {
+    "down_blocks.0.resnets.0.conv2": "zero",
+    "down_blocks.1.resnets.0": "shortcut",
+    "down_blocks.1.attentions.0": "identity",
+    "mid_block.resnets.0.conv1": "pointwise",
+}
+
+
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fit on trajectories of two and three steps."""
+    monkeypatch.setattr(fitting, "TRAJECTORIES", (2, 3))
+
+
+@pytest.fixture
+def edits(operators: Operators) -> tuple[Edit, ...]:
+    plain = [Edit(operator=n, replacement=r, options=operators[n].candidate(r).options) for n, r in WANTED.items()]
+    return corrected(plain, operators)
+
+
+def test_a_correction_is_the_least_squares_scale_and_shift_of_every_channel() -> None:
+    given = torch.randn(50, 3, generator=torch.Generator().manual_seed(0))
+    wanted = given * torch.tensor([2.0, -1.0, 0.5]) + torch.tensor([1.0, 0.0, -3.0])
+    sums = ChannelSums()
+    sums.add(given[:20], wanted[:20])
+    sums.add(given[20:], wanted[20:])
+    scale, shift = sums.solve(0.0)
+    assert torch.allclose(scale, torch.tensor([2.0, -1.0, 0.5]), atol=1e-5)
+    assert torch.allclose(shift, torch.tensor([1.0, 0.0, -3.0]), atol=1e-5)
+    drawn, _ = sums.solve(1e9)
+    assert torch.allclose(drawn, torch.ones(3), atol=1e-5), "a heavy ridge draws scales towards 1"
+
+
+def test_a_constant_takes_the_mean_of_what_is_wanted() -> None:
+    sums = ChannelSums()
+    sums.add(torch.zeros(4, 2), torch.tensor([[1.0, 2.0], [3.0, 2.0], [1.0, 2.0], [3.0, 2.0]]))
+    assert torch.equal(sums.solve(1e-3)[1], torch.tensor([2.0, 2.0]))
+
+
+def test_a_map_is_drawn_towards_its_prior_where_nothing_is_known() -> None:
+    rows = torch.tensor([[1.0, 0.0], [2.0, 0.0], [-3.0, 0.0]])  # the second channel is never seen
+    moments = Moments.empty([2, 1])
+    moments.add(rows, rows[:, :1] * 4)
+    weight, bias = moments.solve(1e-6, torch.tensor([[0.0, 7.0]]))
+    assert torch.allclose(weight, torch.tensor([[4.0, 7.0]]), atol=1e-4)
+    assert torch.allclose(bias, torch.zeros(1), atol=1e-4)
+
+
+def test_edits_get_room_for_a_correction_of_their_channels(edits: tuple[Edit, ...]) -> None:
+    room = {edit.operator: edit.options.get("correction") for edit in edits}
+    assert list(room.values()) == [8, 16, 16, None]
+
+
+def test_a_neutral_correction_changes_nothing(ldm: Pipeline, edits: tuple[Edit, ...]) -> None:
+    fitted = fit_pointwise(ldm, pointwise_wanted(edits), PROBE)
+    call = ldm.call(PROBE)
+    plain = [Edit(operator=e.operator, replacement=e.replacement, options=without(e)) for e in edits]
+    with torch.no_grad():
+        expected = call.run(pruned_view(ldm.denoiser, plain, fitted)).sample
+        assert torch.equal(call.run(pruned_view(ldm.denoiser, edits, fitted)).sample, expected)
+
+
+def without(edit: Edit) -> dict[str, object]:
+    return {key: value for key, value in edit.options.items() if key != "correction"}
+
+
+@torch.no_grad()
+def test_every_stand_in_ends_closer_to_its_operator_on_what_it_is_given(ldm: Pipeline, edits: tuple[Edit, ...]) -> None:
+    fitted = fit_pointwise(ldm, pointwise_wanted(edits), PROBE)
+    digest = weights_digest(ldm.denoiser)
+    weights = repair(ldm, edits, PROBE, fitted=fitted, ridge=0.0)
+    assert weights_digest(ldm.denoiser) == digest, "the original is left alone"
+    keys = {name: name if kind == "pointwise" else correction_of(name) for name, kind in WANTED.items()}
+    assert set(weights) == set(keys.values())
+    calls = [call for each in trajectories(PROBE) for call in record_calls(ldm, each)]
+    student = pruned_view(ldm.denoiser, edits, weights)
+    for edit in edits:
+        earlier = {keys[name]: weights[keys[name]] for name in list(WANTED)[: list(WANTED).index(edit.operator)]}
+        alone = pruned_view(ldm.denoiser, edits, fitted | earlier)  # repaired up to here, and not here
+        assert error(student, ldm, edit.operator, calls) < error(alone, ldm, edit.operator, calls), edit.operator
+
+
+def error(student: torch.nn.Module, original: Pipeline, name: str, calls: list[object]) -> float:
+    pairs: list[tuple[Tensor, Tensor]] = [
+        (reach(student, name, call)[2], reach(original.denoiser, name, call)[2])
+        for call in calls  # type: ignore[arg-type]
+    ]
+    return sum(float((made - wanted).square().sum()) for made, wanted in pairs)
+
+
+def test_stand_ins_are_fitted_in_the_order_in_which_they_run(ldm: Pipeline) -> None:
+    assert in_calling_order(ldm.denoiser, list(reversed(WANTED)), ldm.call(PROBE)) == list(WANTED)
+
+
+def test_a_corrected_shortcut_does_not_touch_the_child_that_it_shares(ldm: Pipeline, edits: tuple[Edit, ...]) -> None:
+    call, name = ldm.call(PROBE), "down_blocks.1.resnets.0"
+    fitted = fit_pointwise(ldm, pointwise_wanted(edits), PROBE)
+    student, before = pruned_view(ldm.denoiser, edits, fitted), weights_digest(ldm.denoiser)
+    with torch.no_grad():
+        plain = reach(student, name, call)[2]
+        set_fitted(student.get_submodule(name), torch.full((16,), 2.0), torch.full((16,), 0.5))  # type: ignore[arg-type]
+        assert torch.allclose(reach(student, name, call)[2], plain * 2 + 0.5, atol=1e-5)
+    assert weights_digest(ldm.denoiser) == before
+
+
+@pytest.mark.parametrize("make", ["ldm", "text_to_image", "audio"])
+def test_a_repaired_pipeline_says_both_shifts_and_loads_bit_for_bit(
+    make: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    pipeline: Pipeline = request.getfixturevalue(make)
+    pruned = prune(pipeline, budget={"macs": "85%"}, probe=PROBE, method="magnitude", repair="closed-form")
+    assert pruned.latent_shift_before_repair is not None
+    assert pruned.latent_shift_before_repair > 0
+    assert pruned.latent_shift != pruned.latent_shift_before_repair
+    assert pruned.plan.repair == "closed-form"
+    assert Plan.from_json(pruned.plan.to_json()) == pruned.plan
+    pruned.save_pretrained(tmp_path / "repaired")
+    loaded = load(tmp_path / "repaired")
+    kinds = {Identity, Zero, Shortcut, Pointwise}
+    assert kinds & {type(loaded.denoiser.get_submodule(name)) for name in removed_operators(loaded.denoiser)}
+    call = pipeline.call(PROBE)
+    with torch.no_grad():
+        expected = tensors_in(call.run(pruned.denoiser))[0]
+        assert_same_model(loaded.denoiser, pruned.denoiser)
+        assert torch.allclose(tensors_in(call.run(loaded.denoiser))[0], expected, atol=1e-5)
+        assert torch.allclose(tensors_in(call.run(apply(pipeline, pruned.plan).denoiser))[0], expected, atol=1e-5)
+
+
+def assert_same_model(first: torch.nn.Module, second: torch.nn.Module) -> None:
+    """Every weight is equal, bit for bit. Outputs may differ in the last bit: kernels round by how weights lie in memory."""
+    weights, others = first.state_dict(), second.state_dict()
+    assert list(weights) == list(others)
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+
+
+def test_a_corrected_model_loads_in_plain_diffusers_of_a_new_process(ldm: Pipeline, tmp_path: Path) -> None:
+    kinds = ["identity", "zero", "shortcut"]
+    pruned = prune(ldm, budget={"macs": "85%"}, probe=PROBE, method="magnitude", repair="closed-form", replacements=kinds)
+    assert any("correction" in edit.options for edit in pruned.plan.edits)
+    pruned.save_pretrained(tmp_path / "model")
+    call = ldm.call(PROBE)
+    with torch.no_grad():
+        save_file(
+            {"given": call.args[0], "time": torch.as_tensor(call.args[1]), "made": call.run(pruned.denoiser).sample},
+            tmp_path / "call.safetensors",
+        )
+    code = (
+        "import sys, torch\n"
+        "from diffusers import DiffusionPipeline\n"
+        "from safetensors.torch import load_file\n"
+        "pipe = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+        "kept = load_file(sys.argv[2])\n"
+        "with torch.no_grad():\n    made = pipe.unet(kept['given'], kept['time']).sample\n"
+        "assert torch.allclose(made, kept['made'], atol=1e-5)\n"
+        "assert 'ldpruner' not in sys.modules\n"
+    )
+    line = [sys.executable, "-c", code, str(tmp_path / "model"), str(tmp_path / "call.safetensors")]
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_command_line_prunes_with_priors_and_repair(command: Command, ldm_folder: Path, tmp_path: Path) -> None:
+    few = ["--samples", "2", "--steps", "1", "--method", "magnitude", "--budget", "macs=90%"]
+    asked = ["--repair", "closed_form", "--apart", "1", "--out", tmp_path / "out"]
+    code, out, err = command("prune", ldm_folder, *few, *asked)
+    assert code == 0, err
+    assert "before repair)" in out
+    record = json.loads((tmp_path / "out" / "record.json").read_text(encoding="utf-8"))
+    assert record["latent_shift_before_repair"] > 0
+    plan = Plan.load(tmp_path / "out" / "pruning_plan.json")
+    assert (plan.repair, plan.selection) == ("closed-form", "magnitude/order/apart=1")
+    code, _, err = command("prune", ldm_folder, *few, "--out", tmp_path / "other", "--stage-cap", "2")
+    assert (code, err) == (2, "ldpruner: priors: protect_ends and apart are 0 or more, stage_cap is above 0 and at most 1.\n")
