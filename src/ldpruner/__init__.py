@@ -20,12 +20,13 @@ from ldpruner.plans import Budget, Edit, Plan
 from ldpruner.probes import Probe
 
 if TYPE_CHECKING:
-    from ldpruner.artifacts import save
+    from ldpruner.artifacts import save, save_distilled
     from ldpruner.benchmarking import benchmark, compare_calls
     from ldpruner.evaluation import Evaluation, FeatureNet, evaluate
     from ldpruner.operators import discover
     from ldpruner.pipelines import Pipeline, load
     from ldpruner.planning import plan
+    from ldpruner.recovery import Distillation, distil
     from ldpruner.scoring import Run, score
     from ldpruner.surgery import prune_, trial
     from ldpruner.workflow import Pruned, apply, prune
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "Distillation": "recovery",
     "Evaluation": "evaluation",
     "FeatureNet": "evaluation",
     "Pipeline": "pipelines",
@@ -42,18 +44,21 @@ _LAZY = {
     "benchmark": "benchmarking",
     "compare_calls": "benchmarking",
     "discover": "operators",
+    "distil": "recovery",
     "evaluate": "evaluation",
     "load": "pipelines",
     "plan": "planning",
     "prune": "workflow",
     "prune_": "surgery",
     "save": "artifacts",
+    "save_distilled": "artifacts",
     "score": "scoring",
     "trial": "surgery",
 }
 
 __all__ = [
     "Budget",
+    "Distillation",
     "Edit",
     "Evaluation",
     "FeatureNet",
@@ -67,12 +72,14 @@ __all__ = [
     "benchmark",
     "compare_calls",
     "discover",
+    "distil",
     "evaluate",
     "load",
     "plan",
     "prune",
     "prune_",
     "save",
+    "save_distilled",
     "score",
     "trial",
 ]

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from ldpruner.commands_recovery import distil
 from ldpruner.errors import BudgetError, LDPrunerError
 from ldpruner.options import (
     FOLDER,
@@ -284,6 +285,9 @@ def benchmark(model: str, against: str | None, rounds: int, operators: int, as_j
         print(reporting.printed(reporting.times_table(result, operators)))
     for line in reporting.benchmark_lines(result):
         print(line)
+
+
+app.add_command(distil)
 
 
 @app.group(no_args_is_help=False)

@@ -21,7 +21,7 @@ FOLDER = click.Path(path_type=Path)
 STYLE = {"help_option_names": ["-h", "--help"], "token_normalize_func": lambda token: token.replace("_", "-")}
 
 
-def _stacked(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
+def stacked(*decorators: Callable[[Command], Command]) -> Callable[[Command], Command]:
     """Several decorators as one, the first outermost."""
 
     def decorate(command: Command) -> Command:
@@ -34,26 +34,26 @@ def _stacked(*decorators: Callable[[Command], Command]) -> Callable[[Command], C
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout; the rest goes to stderr.")
 model = click.argument("model", metavar="MODEL")
-loading = _stacked(
+loading = stacked(
     click.option("--dtype", default="float32", type=click.Choice(["float32", "float16", "bfloat16"]), show_default=True),
     click.option("--device", help="Where to run, such as cpu or cuda:0; a GPU is used where there is one."),
     click.option("--revision", help="Branch, tag or commit of a hub model."),
     click.option("--variant", help="Weights variant, such as fp16."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that a model brings along; pruned models need none of it."),
 )
-prompting = _stacked(
+prompting = stacked(
     click.option("--prompt", "prompts", multiple=True, help="A text prompt; give several, and samples take them in turn."),
     click.option(
         "--prompts-file", type=FOLDER, help="Prompts from a file, one a line, or the texts of a metadata.jsonl; a short list ships."
     ),
     click.option("--guidance-scale", type=float, help="The pipeline's own by default."),
 )
-generating = _stacked(
+generating = stacked(
     click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation."),
     click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i."),
     prompting,
 )
-probing = _stacked(
+probing = stacked(
     click.option("--samples", default=16, show_default=True, help="Latents generated for each candidate."),
     click.option("--num-inference-steps", "--steps", default=10, show_default=True, help="Denoising steps of a generation."),
     click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i."),
@@ -62,7 +62,7 @@ probing = _stacked(
     click.option("--method", default="paper", show_default=True, help="How operators are scored."),
 )
 replacing = click.option("--replacements", help="Only these, with commas: identity, zero, shortcut, pointwise.")
-choosing = _stacked(
+choosing = stacked(
     click.option("--budget", "budgets", multiple=True, help="latency=65%, macs=2e9, params=70%; several all hold."),
     click.option(
         "--selection", default="order", show_default=True, help="What goes first: order (lowest score), ratio (score per saving)."

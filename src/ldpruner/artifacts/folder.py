@@ -12,11 +12,15 @@ from torch import nn
 
 from ldpruner import ldpruner_v1
 from ldpruner.artifacts.dense import densify
-from ldpruner.errors import UnknownNameError, suggest
+from ldpruner.errors import ArtifactError, UnknownNameError, suggest
 from ldpruner.files import staged_folder, write_json
 from ldpruner.pipelines import FORMAT_MODULE, Pipeline
 from ldpruner.plans import Plan
+from ldpruner.recovery import Distilled
 from ldpruner.surgery import Fitted, removed_operators
+
+PLAN = "pruning_plan.json"
+RECORD = "record.json"
 
 FORMS = {
     "portable": "loads in plain diffusers with trust_remote_code=True, nothing to install",
@@ -28,21 +32,23 @@ FORMS = {
 def save(
     pipeline: Pipeline,
     pruned: nn.Module,
-    plan: Plan,
+    plan: Plan | None,
     out: Path,
     *,
     form: str = "portable",
     record: Mapping[str, Any] | None = None,
     fitted: Fitted | None = None,
 ) -> None:
-    """Write `pipeline` around the denoiser `pruned` to `out`, with `pruning_plan.json`, `record.json`, and its own
-    `prompts.txt` and `generation.json`.
+    """Write `pipeline` around the denoiser `pruned` to `out`, with `pruning_plan.json` where there is a plan, `record.json`,
+    and its own `prompts.txt` and `generation.json`.
 
     The folder is written aside and renamed: it is whole or absent. Raises `ArtifactError` where the disk refuses, or the
     dense form cannot hold an edit.
     """
     check_form(form)
-    denoiser = densify(pipeline, plan, fitted=fitted) if form == "dense" else pruned
+    if form == "dense" and (removed_operators(pipeline.denoiser) or (plan is None and removed_operators(pruned))):
+        raise ArtifactError("the dense form is made from the original's weights, which are not at hand. Save as portable.")
+    denoiser = densify(pipeline, plan, fitted=fitted) if form == "dense" and plan is not None else pruned
     with staged_folder(out) as scratch:
         with pipeline.with_denoiser(denoiser):
             pipeline.pipe.save_pretrained(scratch)
@@ -50,8 +56,38 @@ def save(
             _make_portable(scratch, pipeline.component)
         for name, file in pipeline.own_files().items():
             shutil.copyfile(file, scratch / name)
-        plan.save(scratch / "pruning_plan.json")
-        write_json(scratch / "record.json", {"form": form, "base": pipeline.source, **(record or {})})
+        if plan is not None:
+            plan.save(scratch / PLAN)
+        write_json(scratch / RECORD, {"form": form, "base": pipeline.source, **(record or {})})
+
+
+def save_distilled(distilled: Distilled, out: Path, *, form: str | None = None) -> str:
+    """Write a student that has learnt to `out` with the plan and record that its folder had; the form that it has now.
+
+    The form is the student's own unless another is asked for; what was not pruned loads anywhere, as dense does. The latent
+    shift in the student's record was measured before, and is renamed to say so.
+    """
+    student, folder = distilled.pipeline, distilled.pipeline.folder
+    record = _record_in(folder)
+    own = record.pop("form", "portable")
+    pruned = bool(removed_operators(student.denoiser))
+    form = form or (own if pruned else "dense")
+    if "latent_shift" in record:
+        record["latent_shift_before_distillation"] = record.pop("latent_shift")
+    learnt = distilled.record | ({"before": record["distillation"]} if "distillation" in record else {})
+    plan = Plan.load(folder / PLAN) if pruned and folder is not None and (folder / PLAN).is_file() else None
+    save(student, distilled.denoiser, plan, out, form=form, record={**record, "distillation": learnt})
+    return form
+
+
+def _record_in(folder: Path | None) -> dict[str, Any]:
+    if folder is None or not (folder / RECORD).is_file():
+        return {}
+    try:
+        record: dict[str, Any] = dict(json.loads((folder / RECORD).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{folder / RECORD}: cannot be read ({error}). Remove it, or mend it.") from error
+    return record
 
 
 def check_form(form: str) -> None:
