@@ -34,7 +34,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from ldpruner import cli
+from ldpruner import cli, fitting
 from ldpruner.evaluation.base import Stream
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
@@ -166,6 +166,21 @@ def text_to_image(tmp_path: Path) -> Pipeline:
 @pytest.fixture
 def audio() -> Pipeline:
     return Pipeline(tiny_audio(), source="tiny-audio")
+
+
+USUAL = fitting.TRAJECTORIES
+
+
+@pytest.fixture(autouse=True)
+def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins are fitted on trajectories of two and three steps, which saves most of a test's time."""
+    monkeypatch.setattr(fitting, "TRAJECTORIES", (2, 3))
+
+
+@pytest.fixture
+def usual_calls(few_calls: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins are fitted as a user's are, and as what another process or an earlier fixture made was."""
+    monkeypatch.setattr(fitting, "TRAJECTORIES", USUAL)
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -10,8 +9,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from ldpruner import Pipeline
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -62,41 +59,3 @@ def test_help_answers_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "prune" in done.stdout
-
-
-@pytest.mark.slow
-def test_the_demo_and_the_benchmarks_run_reduced(ldm_folder: Path, tmp_path: Path) -> None:
-    demo = [ROOT / "examples" / "demo.py", "--out", tmp_path / "demo", "--samples", "2", "--steps", "1", "--latency", "95%"]
-    cost = [ROOT / "benchmarks" / "scoring_cost.py", "--samples", "2", "--steps", "1", "--every", "20"]
-    few = ["--samples", "4", "--steps", "1", "--score-samples", "2", "--score-steps", "1", "--budgets", "98%", "95%"]
-    ladder = [
-        ROOT / "benchmarks" / "quality_by_latency.py",
-        "fashion",
-        *few,
-        "--work",
-        tmp_path / "work",
-        "--out",
-        tmp_path / "docs",
-    ]
-    for words in (demo, cost, ladder):
-        line = [sys.executable, *words, "--model", ldm_folder]
-        done = subprocess.run([str(word) for word in line], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-    assert (tmp_path / "demo" / "original-above-pruned.png").stat().st_size > 0
-    assert (tmp_path / "docs" / "zoo-fashion.png").stat().st_size > 0
-    rungs = json.loads((tmp_path / "docs" / "zoo.json").read_text(encoding="utf-8"))["models"]["fashion"]["pruned"]
-    assert [rung["budget"] for rung in rungs] == ["98%", "95%"]
-    page = (tmp_path / "docs" / "zoo.md").read_text(encoding="utf-8")
-    assert f"| Latent shift ↓ |  | {rungs[0]['figures']['latent-shift']['value']:.4g} |" in page
-
-
-@pytest.mark.slow
-def test_the_demo_of_sound_leaves_something_to_listen_to(audio: Pipeline, tmp_path: Path) -> None:
-    audio.pipe.save_pretrained(tmp_path / "tiny-audio")
-    few = ["--samples", "2", "--steps", "1", "--latency", "98%", "--model", tmp_path / "tiny-audio", "--out", tmp_path / "demo"]
-    line = [sys.executable, ROOT / "examples" / "demo.py", "digits", *few]
-    done = subprocess.run([str(word) for word in line], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(list((tmp_path / "demo" / "sounds-original").glob("*.wav"))) == 8
-    assert len(list((tmp_path / "demo" / "sounds-pruned").glob("*.wav"))) == 8
-    assert (tmp_path / "demo" / "original-above-pruned.png").stat().st_size > 0

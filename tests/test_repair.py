@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from conftest import PROBE, Command
-from ldpruner import Edit, Plan, apply, fitting, prune
+from ldpruner import Edit, Plan, apply, prune
 from ldpruner.fitting import Moments, fit_pointwise, pointwise_wanted, trajectories
-from ldpruner.ldpruner_v1 import Identity, Pointwise, Shortcut, Zero
+from ldpruner.ldpruner_v1 import STAND_INS
 from ldpruner.operators.tracing import tensors_in, weights_digest
 from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators, corrected
@@ -29,12 +29,6 @@ WANTED = {
     "down_blocks.1.attentions.0": "identity",
     "mid_block.resnets.0.conv1": "pointwise",
 }
-
-
-@pytest.fixture(autouse=True)
-def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fit on trajectories of two and three steps."""
-    monkeypatch.setattr(fitting, "TRAJECTORIES", (2, 3))
 
 
 @pytest.fixture
@@ -133,7 +127,7 @@ def test_a_repaired_pipeline_says_both_shifts_and_loads_bit_for_bit(
     make: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     pipeline: Pipeline = request.getfixturevalue(make)
-    pruned = prune(pipeline, budget={"macs": "85%"}, probe=PROBE, method="magnitude", repair="closed-form")
+    pruned = prune(pipeline, budget={"macs": "95%"}, probe=PROBE, method="magnitude", repair="closed-form")
     assert pruned.latent_shift_before_repair is not None
     assert pruned.latent_shift_before_repair > 0
     assert pruned.latent_shift != pruned.latent_shift_before_repair
@@ -141,8 +135,8 @@ def test_a_repaired_pipeline_says_both_shifts_and_loads_bit_for_bit(
     assert Plan.from_json(pruned.plan.to_json()) == pruned.plan
     pruned.save_pretrained(tmp_path / "repaired")
     loaded = load(tmp_path / "repaired")
-    kinds = {Identity, Zero, Shortcut, Pointwise}
-    assert kinds & {type(loaded.denoiser.get_submodule(name)) for name in removed_operators(loaded.denoiser)}
+    kept = {type(loaded.denoiser.get_submodule(name)).__name__ for name in removed_operators(loaded.denoiser)}
+    assert kept <= {kind.__name__ for kind in STAND_INS.values()}
     call = pipeline.call(PROBE)
     with torch.no_grad():
         expected = tensors_in(call.run(pruned.denoiser))[0]
@@ -160,7 +154,7 @@ def assert_same_model(first: torch.nn.Module, second: torch.nn.Module) -> None:
 
 def test_a_corrected_model_loads_in_plain_diffusers_of_a_new_process(ldm: Pipeline, tmp_path: Path) -> None:
     kinds = ["identity", "zero", "shortcut"]
-    pruned = prune(ldm, budget={"macs": "85%"}, probe=PROBE, method="magnitude", repair="closed-form", replacements=kinds)
+    pruned = prune(ldm, budget={"macs": "95%"}, probe=PROBE, method="magnitude", repair="closed-form", replacements=kinds)
     assert any("correction" in edit.options for edit in pruned.plan.edits)
     pruned.save_pretrained(tmp_path / "model")
     call = ldm.call(PROBE)

@@ -362,6 +362,7 @@ def test_a_pruned_folder_can_be_pruned_further_and_saved_again(saved: dict[str, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("usual_calls")
 def test_the_saved_plan_is_small_and_prunes_the_base_model_to_the_same_output(family: str, saved: dict[str, Saved]) -> None:
     entry = saved[family]
     path = entry.folder / "portable" / "pruning_plan.json"

@@ -161,6 +161,7 @@ def test_a_pointwise_stand_in_is_the_least_squares_map(ldm: Pipeline, operators:
     assert np.allclose(bias.numpy(), expected[-1], atol=1e-4)
 
 
+@pytest.mark.usefixtures("usual_calls")
 def test_stand_ins_are_fitted_on_other_noise_and_timesteps_than_they_are_scored_on(ldm: Pipeline) -> None:
     def timesteps(steps: int) -> set[int]:
         ldm.pipe.scheduler.set_timesteps(steps)
