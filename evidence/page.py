@@ -1,59 +1,223 @@
-"""`docs/evidence.md` from the lines of `results.jsonl`: tables, nothing that was not measured."""
+"""`docs/evidence.md` from the lines of `evidence/results/`: tables, plots, pictures; nothing that was not measured.
+
+python evidence/page.py
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from ldpruner.evaluation import METRICS
-from ldpruner.reporting import environment_line, estimate, percent
+from methods import WAYS
+from plots import courses, quality_by_latency
 
-SHOWN = (
-    "frechet",
-    "kernel",
-    "precision",
-    "recall",
-    "class-balance",
-    "confidence",
-    "class-accuracy",
-    "retrieval-5",
-    "latent-frechet",
-    "latent-shift",
-)
+from ldpruner.evaluation import METRICS
+from ldpruner.files import read_json_lines, write_text
+from ldpruner.reporting import environment_line, percent
+
+Line = dict[str, Any]
+TO_DATA = "latent-frechet-to-data"
+SECOND = ("retrieval-5", "class-accuracy", "class-balance", "precision", "recall", TO_DATA)  # beside the Fréchet distance
+TITLES = {TO_DATA: "Latent Fréchet distance to the data ↓"} | {
+    name: f"{metric.title} {'↓' if metric.better == 'lower' else '↑'}"
+    for name, metric in ((name, METRICS[name]) for name in METRICS)
+}
 HEAD = """# Evidence: every method side by side
 
-Made by `python evidence/run.py` from `evidence/results.jsonl`: each line of a table is a line there. Latency is that of one
-denoiser call, measured in turn with the original's; all methods take the same operators, budgets, repair, distillation and data.
+Made by `python evidence/run.py --data DIR`, which adds a line to `evidence/results/` with every result, and by
+`python evidence/page.py` from these lines. All methods take the same operators, budgets, repair, distillation, data and judge.
+Latency is that of one denoiser call, measured in turn with the original's, repair included. `pruned` is the plan as it is,
+`repaired` after `--repair closed-form`, `distilled` after that and so many steps of distillation. Of several seeds the mean is
+shown, and after ± half of what lies between the lowest and the highest.
 """
 
 
-def rendered(lines: Sequence[dict[str, Any]]) -> str:
-    """The page: a table for every pipeline and every set of settings."""
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The lines of one method at one budget, one a seed, for each stage."""
+
+    title: str
+    budget: str
+    stages: dict[str, list[Line]]
+
+    def values(self, stage: str, metric: str, count: int) -> list[float]:
+        found = (line["figures"].get(str(count), {}).get(metric) for line in self.stages.get(stage, []))
+        return [each["value"] for each in found if each is not None]
+
+    def plain(self, stage: str, name: str) -> list[float]:
+        return [line[name] for line in self.stages.get(stage, []) if line.get(name) is not None]
+
+
+def write_page(results: Path, page: Path) -> None:
+    """Write the page, and its plots beside it."""
+    lines = [line for file in sorted(results.glob("*.jsonl")) for line in read_json_lines(file)]
     parts = [HEAD]
-    for name in dict.fromkeys(line["pipeline"] for line in lines):
+    for name in sorted({line["pipeline"] for line in lines}, key=("fashion", "emoji", "digits").index):
         mine = [line for line in lines if line["pipeline"] == name]
         for settings in {str(line["settings"]): line["settings"] for line in mine}.values():
-            parts.append(_section(name, settings, [line for line in mine if line["settings"] == settings]))
-    return "\n".join(parts)
+            parts.append(_section(name, settings, [line for line in mine if line["settings"] == settings], page))
+    write_text(page, "\n".join(parts))
 
 
-def _section(name: str, settings: dict[str, Any], lines: Sequence[dict[str, Any]]) -> str:
-    metrics = [metric for metric in SHOWN if any(metric in line["figures"] for line in lines)]
-    titles = [f"{METRICS[metric].title} {'↓' if METRICS[metric].better == 'lower' else '↑'}" for metric in metrics]
-    head = ["budget", "method", "seed", "stage", "latency", "parameters", "MACs", *titles]
-    rows = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    rows += ["| " + " | ".join(_cells(line, metrics)) + " |" for line in sorted(lines, key=_place)]
-    said = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in settings.items())
-    return f"## zoo:{name}\n\n" + "\n".join(rows) + f"\n\nSettings: {said}. {environment_line(lines[-1]['environment'])}.\n"
+def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: Path) -> str:
+    original = next((line for line in lines if line["stage"] == "original"), None)
+    groups = grouped(lines)
+    many, few = settings["samples"], settings["few_samples"]
+    parts = [f"## zoo:{name}\n", _controls(lines, many, few)]
+    folder = page.parent / "evidence"
+    folder.mkdir(parents=True, exist_ok=True)
+    done = [group for group in groups if group.stages.get("distilled")]
+    if done and original:
+        quality_by_latency(done, original, many, few, folder / f"{name}-quality-by-latency.png", title=f"zoo:{name}")
+        parts.append(f"![quality against latency](evidence/{name}-quality-by-latency.png)\n")
+    for budget in sorted({group.budget for group in groups}, reverse=True):
+        some = [group for group in groups if group.budget == budget]
+        parts += [f"### Latency {budget}\n", _before_and_after(some, many, few), _seconds(some, many, original)]
+    taught = [line for line in lines if line.get("course")]
+    if taught and original:
+        courses(taught, original, few, folder / f"{name}-courses.png", title=f"zoo:{name}")
+        parts += ["### Convergence\n", _convergence(taught, original, few), f"![courses](evidence/{name}-courses.png)\n"]
+    parts += [_shown(lines), _how(settings, lines)]
+    return "\n".join(part for part in parts if part)
 
 
-def _place(line: dict[str, Any]) -> tuple[Any, ...]:
-    stages = ("original", "fine-tuned", "pruned", "repaired", "distilled")
-    return ("method" in line, line.get("budget", ""), line.get("method", ""), line.get("seed", 0), stages.index(line["stage"]))
+def grouped(lines: Iterable[Line]) -> list[Group]:
+    """Methods in the order of `WAYS`, budget by budget."""
+    found: dict[tuple[str, str], dict[str, list[Line]]] = {}
+    for line in lines:
+        if line["stage"] in ("pruned", "repaired", "distilled"):
+            found.setdefault((line["budget"], line["method"]), {}).setdefault(line["stage"], []).append(line)
+    ordered = sorted(found, key=lambda key: (key[0], list(WAYS).index(key[1])))
+    return [Group(title=method, budget=budget, stages=found[budget, method]) for budget, method in ordered]
 
 
-def _cells(line: dict[str, Any], metrics: Sequence[str]) -> list[str]:
-    ratios = [percent(line[key]) if key in line else "100 %" for key in ("latency_ratio", "params_ratio", "macs_ratio")]
-    found = [line["figures"].get(metric) for metric in metrics]
-    figures = ["" if each is None or each["value"] is None else estimate(each["value"], each["error"]) for each in found]
-    return [line.get("budget", ""), line.get("method", ""), str(line.get("seed", "")), line["stage"], *ratios, *figures]
+def _controls(lines: Sequence[Line], many: int, few: int) -> str:
+    """The original, and the original fine-tuned."""
+    rows = [line for line in lines if line["stage"] in ("original", "fine-tuned")]
+    metrics = ["frechet", "kernel", *_measured(rows, many)]
+    table = [["", f"Fréchet, {few:,} samples ↓", *(f"{TITLES[metric]}" for metric in metrics)]]
+    for line in rows:
+        figures = line["figures"]
+        table.append(
+            [line["stage"], *(_number(figures[str(few)].get("frechet")),), *(_number(figures[str(many)].get(m)) for m in metrics)]
+        )
+    return _table(table)
+
+
+def _before_and_after(groups: Sequence[Group], many: int, few: int) -> str:
+    head = ["method", "seeds", "latency", "parameters", "MACs", "edits", "latent shift: pruned", "repaired",
+            f"Fréchet ({few:,}): pruned", "repaired", f"Fréchet ({many:,}): distilled", "pruning, s", "distilling, s"]  # fmt: skip
+    table = [head]
+    for group in groups:
+        stage = next(iter(reversed(group.stages)))
+        ratios = [percent(statistics.mean(group.plain(stage, key))) for key in ("latency_ratio", "params_ratio", "macs_ratio")]
+        table.append([
+            group.title,
+            str(len(group.stages[stage])),
+            *ratios,
+            spread(group.plain(stage, "edits"), "{:.0f}"),
+            spread(group.plain("repaired", "latent_shift_before_repair")),
+            spread(group.plain("repaired", "latent_shift")),
+            spread(group.values("pruned", "frechet", few)),
+            spread(group.values("repaired", "frechet", few)),
+            spread(group.values("distilled", "frechet", many)),
+            spread(group.plain("pruned", "seconds_pruning"), "{:.0f}"),
+            spread([line["distillation"]["seconds"] for line in group.stages.get("distilled", [])], "{:.0f}"),
+        ])  # fmt: skip
+    return _table(table)
+
+
+def _seconds(groups: Sequence[Group], many: int, original: Line | None) -> str:
+    """Every second metric after distillation."""
+    done = [group for group in groups if group.stages.get("distilled")]
+    if not done or original is None:
+        return ""
+    metrics = _measured([original], many)
+    own = original["figures"][str(many)]
+    table = [["after distillation", "Fréchet, against the original", *(TITLES[metric] for metric in metrics)]]
+    table.append(["original", "100 %", *(_number(own.get(metric)) for metric in metrics)])
+    for group in done:
+        ratio = statistics.mean(group.values("distilled", "frechet", many)) / own["frechet"]["value"]
+        table.append([group.title, percent(ratio), *(spread(group.values("distilled", metric, many)) for metric in metrics)])
+    return _table(table)
+
+
+def _convergence(lines: Sequence[Line], original: Line, few: int) -> str:
+    """Fréchet distances on the way, and the first of the steps at which the original's is reached."""
+    steps = sorted({point["steps"] for line in lines for point in course(line, few)})
+    goal = original["figures"][str(few)]["frechet"]["value"]
+    table = [["seed 0", *(f"{step} steps" for step in steps), f"original's {goal:.4g} reached after"]]
+    for line in lines:
+        points = {point["steps"]: point["frechet"] for point in course(line, few)}
+        reached = next((f"{step} steps" for step in sorted(points) if points[step] <= goal), "not reached")
+        table.append([label(line), *(f"{points[step]:.4g}" if step in points else "" for step in steps), reached])
+    return (
+        f"Fréchet distance of {few:,} samples after so many steps of distillation; `0` is what distillation began with.\n\n"
+        + _table(table)
+    )
+
+
+def course(line: Line, few: int) -> list[dict[str, float]]:
+    """Steps and Fréchet distances of a student, the last included."""
+    points = [{"steps": point["steps"], "frechet": point["figures"]["frechet"]["value"]} for point in line["course"]]
+    return [*points, {"steps": line["distillation"]["steps"], "frechet": line["figures"][str(few)]["frechet"]["value"]}]
+
+
+def label(line: Line) -> str:
+    """What a line is called beside others."""
+    if line["stage"] == "distilled":
+        return f"{line['method']}, {line['budget']}"
+    return f"original, {line['stage']}" if line["stage"] == "fine-tuned" else str(line["stage"])
+
+
+def _shown(lines: Sequence[Line]) -> str:
+    """The strips of the first seed, and the sounds."""
+    rows = [line for line in lines if line.get("shown") and line.get("seed", 0) == 0]
+    table = [["", "eight samples of the same seeds"]]
+    for line in rows:
+        files = line["shown"]
+        sound = f"<br>[listen](evidence/{files['sound']})" if "sound" in files else ""
+        table.append([label(line) + sound, f"![](evidence/{files['pictures']})"])
+    return "### What they generate\n\n" + _table(table) if rows else ""
+
+
+def _how(settings: dict[str, Any], lines: Sequence[Line]) -> str:
+    said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
+    spent = sum(line.get("seconds_distilling", 0.0) + line["seconds_measuring"] for line in lines)
+    return f"Settings: {said}. {environment_line(lines[-1]['environment'])}. Distilling and measuring took {spent / 3600:.1f} h.\n"
+
+
+def _measured(lines: Sequence[Line], count: int) -> list[str]:
+    return [name for name in SECOND if any(name in line["figures"].get(str(count), {}) for line in lines)]
+
+
+def spread(values: Sequence[float], form: str = "{:.4g}") -> str:
+    """The mean, and half the range where there are several."""
+    if not values:
+        return ""
+    half = (max(values) - min(values)) / 2
+    error = "" if len(values) == 1 or not math.isfinite(half) else f" ± {half:.2g}"
+    return form.format(statistics.mean(values)) + error
+
+
+def _number(found: dict[str, float] | None) -> str:
+    return "" if found is None else f"{found['value']:.4g}"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
+    given = parser.parse_args()
+    write_page(given.results, given.page)

@@ -1,11 +1,13 @@
 """Every method side by side, on the pipelines that ship: the same operators, budgets, repair, distillation and judge.
 
-    python evidence/run.py                                        # all of it: hours of CPU, in pieces, resumable
-    python evidence/run.py fashion --methods ld-pruner random --budgets 65% --seeds 0
+    python evidence/run.py --data DIR                             # all of it: hours of CPU, in pieces, resumable
+    python evidence/run.py fashion --data DIR --methods ld-pruner random --budgets 65% --seeds 0
 
-One line a result goes to `evidence/results.jsonl`, as it comes: the original, the original fine-tuned for as many steps (the
-control), and for each method, budget and seed the pruned model as it is, after repair, and after distillation. A result that is
-there with the same settings is not made again. `docs/evidence.md` is written from the lines.
+`DIR` holds what the zoo was trained on (`fashion-mnist/`, `emoji64.zip`, `fsdd.zip`); without it, students learn on the
+teacher's own generations. One line a result goes to `evidence/results/NAME.jsonl`, as it comes: the original; the original
+fine-tuned for as many steps (the control); for each method, budget and seed the pruned model as it is, after repair, and after
+distillation, with its course on the way; and the first method's network taught from random weights. A result that is there
+with the same settings is not made again. `docs/evidence.md` is written from the lines.
 """
 
 from __future__ import annotations
@@ -16,61 +18,48 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import ldpruner
 from ldpruner.environment import environment
 from ldpruner.evaluation import evaluate
-from ldpruner.files import append_json_line, read_json_lines, write_text
+from ldpruner.files import append_json_line, read_json_lines
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import corrected
+from ldpruner.probes import Probe
 from ldpruner.recovery import FIRST_SEED, Distillation, distil
-from ldpruner.selection import Priors
+from ldpruner.surgery import pruned_view
 from ldpruner.workflow import Pruned, apply, prune
 
 sys.path.insert(0, str(Path(__file__).parent))
-from page import rendered
+from data import distance_to, training_latents
+from methods import WAYS
+from page import write_page
+from pictures import show
 
 NAMES = ("fashion", "emoji", "digits")
 STAGES = ("pruned", "repaired", "distilled")
+SETTINGS = (
+    *("samples", "few_samples", "steps", "score_samples", "score_steps", "threads"),
+    *("distil_steps", "distil_batch", "learning_rate", "task_weight", "output_weight", "feature_weight", "ema_decay"),
+    *("guide_budget", "autoguidance_scale"),
+)
 
-
-@dataclass(frozen=True, kw_only=True)
-class Way:
-    """How a method comes to its plan."""
-
-    scorer: str
-    selection: str = "order"
-    priors: Priors = field(default_factory=Priors)
-
-
-WAYS = {
-    "ld-pruner": Way(scorer="paper"),  # the paper's: lowest score first
-    "ld-pruner, ratio": Way(scorer="paper", selection="ratio"),
-    "ld-pruner, spread": Way(scorer="paper", priors=Priors(apart=1)),
-    "ld-pruner, ends kept": Way(scorer="paper", priors=Priors(protect_ends=1)),
-    "random": Way(scorer="random"),
-    "magnitude": Way(scorer="magnitude"),
-    "taylor": Way(scorer="taylor"),
-    "diff-pruning": Way(scorer="diff-pruning"),
-    "block-influence": Way(scorer="block-influence"),
-    "laptop-diff": Way(scorer="output-mse", selection="ratio"),  # rises that add up, in a knapsack
-    "bk-sdm": Way(scorer="bk-sdm"),
-    "ends-and-spread": Way(scorer="ends-and-spread"),
-}
+Key = dict[str, Any]
+Facts = dict[str, Any]
 
 
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
     for name in options.names:
-        for _ in Bench(name, options).results():
-            write_text(options.page, rendered(list(read_json_lines(options.results))))
+        Bench(name, options).run()
+    write_page(options.results, options.page)
     json.dump({"results": str(options.results), "page": str(options.page)}, sys.stdout)
     print()
 
@@ -81,171 +70,235 @@ class Bench:
     def __init__(self, name: str, options: argparse.Namespace) -> None:
         self.name, self.options = name, options
         self.work: Path = options.work / name
+        self.results: Path = options.results / f"{name}.jsonl"
+        self.results.parent.mkdir(parents=True, exist_ok=True)
         self.original = ldpruner.load(options.model or f"zoo:{name}")
-        self.probe = ldpruner.Probe(samples=options.samples, num_inference_steps=options.steps, seed=20_000)
-        names = (
-            "samples",
-            "steps",
-            "score_samples",
-            "score_steps",
-            "distil_steps",
-            "distil_batch",
-            "distil_latents",
-            "learning_rate",
-        )
-        self.settings = {setting: getattr(options, setting) for setting in names}
+        self.data: Path | None = None
+        if options.data and options.distil_steps:
+            self.data = training_latents(name, self.original, options.data, self.work / "data.safetensors")
+        self.settings = {setting: getattr(options, setting) for setting in SETTINGS}
+        self.settings["data"] = "training latents" if self.data else f"{options.distil_latents} generations of the original"
 
-    def results(self) -> Iterator[dict[str, Any]]:
-        """Every result that was asked for and is not there yet, made one after the other and written down."""
-        yield from self.one({"stage": "original"}, lambda: (self.original, {}))
+    def run(self) -> None:
+        """Make every result that was asked for and is not there yet, one after the other."""
+        self.one({"stage": "original"}, lambda: (self.original, {}))
+        first = True
         for seed in self.options.seeds:
             for budget in self.options.budgets:
                 for method in self.options.methods:
-                    yield from self.of_method(method, budget, seed)
-        if self.options.distil_steps:
-            yield from self.one({"stage": "fine-tuned", "seed": 0}, lambda: self.distilled(self.original, "original", 0))
+                    self.of_method(method, budget, seed)
+                    if first and self.options.distil_steps:
+                        self.one({"stage": "fine-tuned", "seed": 0}, lambda: self.taught(self.original, "original", 0, {}))
+                    first = False
+        if self.options.from_random:
+            self.from_random(self.options.methods[0], self.options.budgets[0])
 
-    def of_method(self, method: str, budget: str, seed: int) -> Iterator[dict[str, Any]]:
+    def of_method(self, method: str, budget: str, seed: int) -> None:
         key = {"method": method, "budget": budget, "seed": seed}
-        place = f"{method}-{budget}-{seed}".replace("%", "").replace(", ", "-").replace(" ", "-")
-        keys = {stage: {"stage": stage, **key} for stage in STAGES[: 2 + bool(self.options.distil_steps)]}
-        if all(self.known(each) for each in keys.values()):
+        keys = [{"stage": stage, **key} for stage in STAGES[: 2 + bool(self.options.distil_steps)]]
+        if all(self.known(each) for each in keys):
             return
-        began = time.monotonic()
-        pruned = self.pruned(method, budget, seed, self.work / place)
-        spent = {"pruning": time.monotonic() - began}
-        yield from self.one(keys["pruned"], lambda: (_handle(pruned), {**_of(pruned), "spent": spent}))
-        began = time.monotonic()
+        place = self.place(method, budget, seed)
+        pruned, facts = self.pruned(method, budget, seed)
         run = ldpruner.Run.load(self.run_folder(method, seed))
-        plan = replace(pruned.plan, edits=corrected(pruned.plan.edits, run.operators), repair="closed-form")
-        repaired = apply(self.original, plan)
-        spent = {**spent, "repair": time.monotonic() - began}
-        yield from self.one(keys["repaired"], lambda: (_handle(repaired), {**_of(repaired), "spent": spent}))
-        if "distilled" in keys:
-            yield from self.one(keys["distilled"], lambda: self.distilled(_handle(repaired), place, seed, _of(repaired)))
+        bare = self.around(pruned_view(self.original.denoiser, pruned.plan.edits, run.fitted))
+        repaired = Pipeline(pruned.pipe, source=self.original.source)
+        self.one(keys[0], lambda: (bare, facts), few=True)
+        self.one(keys[1], lambda: (repaired, facts), few=True)
+        if len(keys) > 2:
+            self.one(keys[2], lambda: self.taught(repaired, place, seed, facts))
 
-    def run_folder(self, method: str, seed: int) -> Path:
-        return self.work / f"scores-{WAYS[method].scorer}-{seed}"
+    def from_random(self, method: str, budget: str) -> None:
+        """The network that a method left, taught from random weights: what do the weights that were kept save?"""
+        key = {"stage": "from random weights", "method": method, "budget": budget, "seed": 0}
+        if not self.known(key):
+            pruned, facts = self.pruned(method, budget, 0)
+            student = self.around(untrained(pruned.denoiser))
+            self.one(key, lambda: self.taught(student, "random-weights", 0, facts))
 
-    def pruned(self, method: str, budget: str, seed: int, place: Path) -> Pruned:
-        """The method's plan at a measured latency; a plan that an earlier run left there is kept."""
-        way, file = WAYS[method], place / "plan.json"
+    def pruned(self, method: str, budget: str, seed: int) -> tuple[Pruned, Facts]:
+        """The method's plan at a measured latency, repaired; a plan that an earlier run left there is kept."""
+        way, file, began = WAYS[method], self.work / self.place(method, budget, seed) / "plan.json", time.monotonic()
         if file.exists():
-            return apply(self.original, ldpruner.Plan.load(file))
-        probe = ldpruner.Probe(samples=self.options.score_samples, num_inference_steps=self.options.score_steps, seed=1_000 * seed)
-        made = prune(
-            self.original,
-            {"latency": budget},
-            probe=probe,
-            run=self.run_folder(method, seed),
-            method=way.scorer,
-            selection=way.selection,
-            priors=way.priors,
-        )
-        made.plan.save(file)
-        return made
+            made = apply(self.original, ldpruner.Plan.load(file))
+        else:
+            made = prune(
+                self.original,
+                {"latency": budget},
+                probe=Probe(samples=self.options.score_samples, num_inference_steps=self.options.score_steps, seed=1_000 * seed),
+                run=self.run_folder(method, seed),
+                method=way.scorer,
+                selection=way.selection,
+                priors=way.priors,
+                repair="closed-form",
+            )
+            made.plan.save(file)
+        latency = asdict(made.latency.ratio)
+        operators = {edit.operator: edit.replacement for edit in made.plan.edits}
+        return made, {**made.summary(), "latency": latency, "operators": operators, "seconds_pruning": time.monotonic() - began}
 
-    def distilled(
-        self, student: Pipeline, place: str, seed: int, facts: dict[str, Any] | None = None
-    ) -> tuple[Pipeline, dict[str, Any]]:
-        settings = Distillation(
-            max_train_steps=self.options.distil_steps,
+    def taught(self, student: Pipeline, place: str, seed: int, facts: Facts) -> tuple[Pipeline, Facts]:
+        """A student at the end of its distillation; of the first seed's, what it was like on the way too."""
+        guide = self.guide()
+        course, ends = [], self.options.milestones if seed == 0 else []
+        if ends:
+            course.append({"steps": 0, "figures": self.figures(student, self.options.few_samples)})
+        for steps in [*(each for each in ends if each < self.options.distil_steps), self.options.distil_steps]:
+            began = time.monotonic()
+            made = distil(
+                student,
+                self.original,
+                work=self.own_folder(place),
+                settings=self.distillation(seed, steps),
+                data=self.data,
+                probe=Probe(samples=self.options.distil_latents, num_inference_steps=20, seed=FIRST_SEED),
+                guide=guide,
+            )
+            facts = {**facts, "distillation": made.record, "seconds_distilling": time.monotonic() - began}
+            learnt = self.around(made.denoiser, like=student)
+            if steps < self.options.distil_steps:
+                course.append({"steps": steps, "figures": self.figures(learnt, self.options.few_samples)})
+        return learnt, {**facts, "course": course}
+
+    def guide(self) -> Pipeline | None:
+        """A worse model than the original, one for all students: the first method's plan at a harder budget, repaired."""
+        if self.options.guide_budget is None:
+            return None
+        made, _ = self.pruned(next(iter(WAYS)), self.options.guide_budget, 0)
+        return self.around(made.denoiser)
+
+    def distillation(self, seed: int, steps: int) -> Distillation:
+        """A constant rate: what is learnt in fewer steps is a part of what is learnt in more. The average does the cooling."""
+        return Distillation(
+            max_train_steps=steps,
             train_batch_size=self.options.distil_batch,
             learning_rate=self.options.learning_rate,
+            lr_scheduler="constant",
+            lr_warmup_steps=20,
+            task_weight=self.options.task_weight,
+            output_weight=self.options.output_weight,
+            feature_weight=self.options.feature_weight,
+            autoguidance_scale=self.options.autoguidance_scale,
             use_ema=True,
-            ema_decay=0.999,
+            ema_decay=self.options.ema_decay,
             seed=seed,
-            checkpointing_steps=250,
+            checkpointing_steps=100,
             checkpoints_total_limit=1,
             resume_from_checkpoint="latest",
         )
-        began = time.monotonic()
-        made = distil(
-            student,
-            self.original,
-            work=self.own_folder(place),
-            settings=settings,
-            data=self.options.data,
-            probe=ldpruner.Probe(samples=self.options.distil_latents, num_inference_steps=self.options.steps, seed=FIRST_SEED),
-        )
-        facts = {**(facts or {}), "distillation": made.record, "seconds_distilling": time.monotonic() - began}
-        return Pipeline(_with(student, made.denoiser), source=self.original.source), facts
 
     def own_folder(self, place: str) -> Path:
-        """A folder for one student's checkpoints, that shares the teacher's generations with those of the others."""
-        folder, shared = self.work / place / "distil", self.work / "generated"
+        """A folder for one student's checkpoints, that shares what is computed of the teacher with those of the others."""
+        folder = self.work / place / "distil"
         folder.mkdir(parents=True, exist_ok=True)
-        shared.mkdir(exist_ok=True)
-        if not (folder / "generated").exists():
-            (folder / "generated").symlink_to(shared.resolve(), target_is_directory=True)
+        for name in ("generated", "conditions"):
+            shared = self.work / name
+            shared.mkdir(exist_ok=True)
+            if not (folder / name).exists():
+                (folder / name).symlink_to(shared.resolve(), target_is_directory=True)
         return folder
 
-    def known(self, key: dict[str, Any]) -> bool:
-        wanted = self.identity(key)
-        return any(line["identity"] == wanted for line in read_json_lines(self.options.results))
-
-    def identity(self, key: dict[str, Any]) -> str:
-        whole = json.dumps({"pipeline": self.name, **key, **self.settings}, sort_keys=True)
-        return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-    def one(self, key: dict[str, Any], make: Any) -> Iterator[dict[str, Any]]:
+    def one(self, key: Key, make: Callable[[], tuple[Pipeline, Facts]], *, few: bool = False) -> None:
         """Make one result, measure it, write it down; nothing where it is known."""
         if self.known(key):
             return
-        print(f"{self.name} {' '.join(map(str, key.values()))}", file=sys.stderr, flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {self.name} {' '.join(map(str, key.values()))}", file=sys.stderr, flush=True)
         model, facts = make()
-        found = evaluate(model, self.original, probe=self.probe, batch_size=self.options.batch_size, cache=self.work / "cache")
-        figures = {figure.metric: {"value": figure.value, "error": figure.error} for figure in found.figures[0]}
+        began = time.monotonic()
+        counts = [self.options.few_samples] if few else [self.options.samples, self.options.few_samples]
+        figures = {str(count): self.figures(model, count) for count in counts}
+        shown = None if few else show(model, self.options.page.parent / "evidence", "-".join([self.name, *map(str, key.values())]))
         line = {
             "identity": self.identity(key),
             "pipeline": self.name,
             **key,
             "figures": figures,
             **facts,
+            "shown": shown,
+            "seconds_measuring": time.monotonic() - began,
             "settings": self.settings,
             "environment": environment(self.original.denoiser),
         }
-        append_json_line(self.options.results, line)
-        yield line
+        append_json_line(self.results, line)
+
+    def figures(self, model: Pipeline, samples: int) -> dict[str, dict[str, float | None]]:
+        """Every metric of some samples; the same samples serve when fewer are asked for."""
+        probe = Probe(samples=samples, num_inference_steps=self.options.steps, seed=20_000)
+        cache = self.work / "cache"
+        found = evaluate(model, self.original, probe=probe, batch_size=self.options.batch_size, cache=cache)
+        figures = {figure.metric: {"value": figure.value, "error": figure.error} for figure in found.figures[0]}
+        if self.data:
+            distance = distance_to(self.data, model, found.probe, batch_size=self.options.batch_size, cache=cache)
+            figures["latent-frechet-to-data"] = {"value": distance, "error": None}
+        return figures
+
+    def known(self, key: Key) -> bool:
+        wanted = self.identity(key)
+        return any(line["identity"] == wanted for line in read_json_lines(self.results))
+
+    def identity(self, key: Key) -> str:
+        whole = json.dumps({"pipeline": self.name, **key, **self.settings}, sort_keys=True)
+        return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+    def around(self, denoiser: nn.Module, like: Pipeline | None = None) -> Pipeline:
+        """A pipeline with another denoiser."""
+        pipe = copy.copy((like or self.original).pipe)
+        setattr(pipe, self.original.component, denoiser)
+        return Pipeline(pipe, source=self.original.source)
+
+    def place(self, method: str, budget: str, seed: int) -> str:
+        return f"{method}-{budget}-{seed}".replace("%", "").replace(", ", "-").replace(" ", "-")
+
+    def run_folder(self, method: str, seed: int) -> Path:
+        return self.work / f"scores-{WAYS[method].scorer}-{seed}"
 
 
-def _handle(pruned: Pruned) -> Pipeline:
-    return Pipeline(pruned.pipe, source=pruned.pipeline.source)
+@torch.no_grad()
+def untrained(denoiser: nn.Module) -> nn.Module:
+    """A copy with every weight drawn anew, as each layer draws its own; scales begin at one and shifts at nought."""
+    torch.manual_seed(0)
+    fresh = copy.deepcopy(denoiser)
+    for module in fresh.modules():
+        draw = getattr(module, "reset_parameters", None)
+        if callable(draw):
+            draw()
+        for name, parameter in module.named_parameters(recurse=False):
+            if name in ("scale", "shift"):
+                parameter.fill_(float(name == "scale"))
+    return fresh
 
 
-def _with(pipeline: Pipeline, denoiser: Any) -> Any:
-    pipe = copy.copy(pipeline.pipe)
-    setattr(pipe, pipeline.component, denoiser)
-    return pipe
-
-
-def _of(pruned: Pruned) -> dict[str, Any]:
-    """What a plan took away, and what that saves."""
-    return {**pruned.summary(), "latency": asdict(pruned.latency.ratio), "operators": [e.operator for e in pruned.plan.edits]}
-
-
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, help="fashion, emoji, digits; all of them by default")
+    parser.add_argument("--data", type=Path, help="the folder of the zoo's training data; the teacher's generations by default")
     parser.add_argument("--model", help="another pipeline in the place of zoo:NAME")
     parser.add_argument("--methods", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="METHOD", help=", ".join(WAYS))
     parser.add_argument("--budgets", nargs="+", default=["65%"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--from-random", action="store_true", help="also teach the first method's network from random weights")
+    parser.add_argument("--samples", type=int, default=2000, help="generated for the figures of what is finished")
+    parser.add_argument("--few-samples", type=int, default=250, help="generated for figures on the way")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--score-samples", type=int, default=16)
     parser.add_argument("--score-steps", type=int, default=6)
-    parser.add_argument("--distil-steps", type=int, default=1000, help="0: none")
+    parser.add_argument("--distil-steps", type=int, default=300, help="0: none")
+    parser.add_argument("--milestones", nargs="*", type=int, default=[100], help="steps after which seed 0 is measured")
     parser.add_argument("--distil-batch", type=int, default=32)
-    parser.add_argument("--distil-latents", type=int, default=1000)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--data", type=Path, help="what to distil on; the teacher's own generations by default")
+    parser.add_argument("--distil-latents", type=int, default=1000, help="generations of the teacher, where no data is given")
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--task-weight", type=float, default=0.0)
+    parser.add_argument("--output-weight", type=float, default=1.0)
+    parser.add_argument("--feature-weight", type=float, default=1.0)
+    parser.add_argument("--guide-budget", help="latency of the worse model that students answer away from; none by default")
+    parser.add_argument("--autoguidance-scale", type=float, default=1.5, help="how far away")
+    parser.add_argument("--ema-decay", type=float, default=0.99)
     parser.add_argument("--batch-size", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", type=Path, default=Path("runs/evidence"))
-    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results.jsonl")
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
-    return parser.parse_args()
+    return parser.parse_args(words)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from ldpruner.ldpruner_v1 import STAND_INS
 from ldpruner.operators.tracing import tensors_in, weights_digest
 from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators, corrected
-from ldpruner.recovery.closed_form import ChannelSums, in_calling_order, reach, repair
+from ldpruner.recovery.closed_form import SAMPLES, ChannelSums, in_calling_order, reach, repair
 from ldpruner.surgery import correction_of, pruned_view, removed_operators, set_fitted
 from ldpruner.trajectories import record_calls
 
@@ -91,7 +91,7 @@ def test_every_stand_in_ends_closer_to_its_operator_on_what_it_is_given(ldm: Pip
     assert weights_digest(ldm.denoiser) == digest, "the original is left alone"
     keys = {name: name if kind == "pointwise" else correction_of(name) for name, kind in WANTED.items()}
     assert set(weights) == set(keys.values())
-    calls = [call for each in trajectories(PROBE) for call in record_calls(ldm, each)]
+    calls = [call for each in trajectories(PROBE, SAMPLES) for call in record_calls(ldm, each)]
     student = pruned_view(ldm.denoiser, edits, weights)
     for edit in edits:
         earlier = {keys[name]: weights[keys[name]] for name in list(WANTED)[: list(WANTED).index(edit.operator)]}

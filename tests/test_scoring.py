@@ -150,7 +150,7 @@ def test_a_pointwise_stand_in_is_the_least_squares_map(ldm: Pipeline, operators:
         made.append(output)
 
     hook = ldm.denoiser.get_submodule(name).register_forward_hook(watch)
-    for trajectory in trajectories(PROBE):
+    for trajectory in trajectories(PROBE, PROBE.samples):
         ldm.latents(trajectory)
     hook.remove()
     rows = [torch.cat(tensors).movedim(1, -1).reshape(-1, 16).double().numpy() for tensors in (given, made)]
@@ -167,7 +167,7 @@ def test_stand_ins_are_fitted_on_other_noise_and_timesteps_than_they_are_scored_
         ldm.pipe.scheduler.set_timesteps(steps)
         return set(ldm.pipe.scheduler.timesteps.tolist())
 
-    fitted_on = list(trajectories(replace(PROBE, samples=4, prompts=("a", "b", "c"))))
+    fitted_on = list(trajectories(replace(PROBE, samples=4, prompts=("a", "b", "c")), 4))
     noises = [each.seed + sample for each in fitted_on for sample in range(each.samples)]
     assert sorted(set(noises)) == noises
     assert noises[0] == PROBE.seed + 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -11,53 +12,70 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from ldpruner import Pipeline
+from ldpruner.files import read_json_lines
 
 ROOT = Path(__file__).parent.parent
-FEW = ["--samples", "4", "--steps", "2", "--score-samples", "2", "--score-steps", "1", "--distil-steps", "2", "--distil-batch", "2"]
-
-
-def lines(work: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (work / "results.jsonl").read_text(encoding="utf-8").splitlines()]
+FEW = {
+    "--samples": 6,
+    "--few-samples": 4,
+    "--steps": 2,
+    "--score-samples": 2,
+    "--score-steps": 1,
+    "--distil-steps": 2,
+    "--distil-batch": 2,
+    "--milestones": 1,
+}
 
 
 @pytest.fixture
-def evidence(monkeypatch: pytest.MonkeyPatch, ldm_folder: Path, tmp_path: Path) -> Callable[..., None]:
-    """Run the evidence of some methods in this process."""
+def evidence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+    """Run the evidence of some methods on zoo:fashion in this process; every line that is there then."""
     monkeypatch.syspath_prepend(ROOT / "evidence")
-    places = {"--work": tmp_path, "--results": tmp_path / "results.jsonl", "--page": tmp_path / "evidence.md"}
-    asked = ["fashion", "--budgets", "95%", "--seeds", "0", *FEW, "--distil-latents", "4", "--threads", "1", "--model", ldm_folder]
+    pictures = tmp_path / "data" / "fashion-mnist" / "train" / "bags"
+    pictures.mkdir(parents=True)
+    for shade in range(8):
+        Image.new("L", (32, 32), 30 * shade).save(pictures / f"{shade}.png")
+    places = {"--data": tmp_path / "data", "--work": tmp_path / "work", "--results": tmp_path / "results"}
+    pairs = FEW | places | {"--page": tmp_path / "evidence.md", "--budgets": "95%", "--seeds": 0, "--threads": 1}
 
-    def run(*methods: str) -> None:
-        words = [*asked, *(word for pair in places.items() for word in pair), "--methods", *methods]
-        monkeypatch.setattr(sys, "argv", ["run.py", *map(str, words)])
+    def run(*words: str) -> list[dict[str, Any]]:
+        line = ["run.py", "fashion", *(word for pair in pairs.items() for word in pair), *words]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in line])
         runpy.run_path(str(ROOT / "evidence" / "run.py"), run_name="__main__")
+        return read_json_lines(tmp_path / "results" / "fashion.jsonl")
 
     return run
 
 
 @pytest.mark.slow
 def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_missing(
-    evidence: Callable[..., None], tmp_path: Path
+    evidence: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    evidence("magnitude")
-    first = lines(tmp_path)
-    assert [line["stage"] for line in first] == ["original", "pruned", "repaired", "distilled", "fine-tuned"]
-    pruned, repaired, distilled = first[1:4]
+    first = evidence("--from-random", "--methods", "magnitude")
+    stages = ["original", "pruned", "repaired", "distilled", "fine-tuned", "from random weights"]
+    assert [line["stage"] for line in first] == stages
+    original, pruned, repaired, distilled, tuned, fresh = first
     assert pruned["latency_ratio"] <= 0.95
-    assert repaired["latent_shift_before_repair"] == pytest.approx(pruned["latent_shift"], rel=1e-3)
+    assert pruned["figures"]["4"]["latent-shift"]["value"] != repaired["figures"]["4"]["latent-shift"]["value"]
     assert distilled["distillation"]["steps"] == 2
-    shifts = [line["figures"]["latent-shift"]["value"] for line in first]
+    assert [point["steps"] for point in distilled["course"]] == [0, 1]
+    assert distilled["course"][0]["figures"] == repaired["figures"]["4"], "distillation begins with what repair left"
+    assert fresh["course"][0]["figures"]["frechet"]["value"] > tuned["course"][0]["figures"]["frechet"]["value"]
+    shifts = [line["figures"]["6"]["latent-shift"]["value"] for line in (original, distilled, tuned, fresh)]
     assert shifts[0] == 0, "the original is its own reference"
-    assert all(shift > 0 for shift in shifts[1:])
-    evidence("magnitude", "ends-and-spread")
-    assert [(line["stage"], line.get("method")) for line in lines(tmp_path)[5:]] == [
-        (stage, "ends-and-spread") for stage in ("pruned", "repaired", "distilled")
-    ]
+    assert 0 < shifts[2] < shifts[3]
+    second = evidence("--methods", "magnitude", "ends-and-spread")
+    assert second[:6] == first
+    added = [(line["stage"], line["method"]) for line in second[6:]]
+    assert added == [(stage, "ends-and-spread") for stage in ("pruned", "repaired", "distilled")]
     page = (tmp_path / "evidence.md").read_text(encoding="utf-8")
-    assert page.count("| distilled |") == 2
-    assert f"| {distilled['figures']['latent-shift']['value']:.4g} |" in page
+    assert f"| {distilled['figures']['6']['frechet']['value']:.4g} |" in page
+    named = {tmp_path / place for place in re.findall(r"!\[[^]]*\]\((evidence/[^)]+)\)", page)}
+    assert len(named) == 2 + 5, "two plots, and a strip for each model that is finished"
+    assert all(min(Image.open(file).size) > 50 for file in named)
 
 
 @pytest.mark.slow

@@ -54,6 +54,8 @@ lessons = stacked(
         help="What a feature's error is divided by: the teacher's feature, or nothing.",
     ),
     _number("guidance_weight", "Weight of the error of guided predictions; text pipelines only."),
+    click.option("--guide", metavar="MODEL", help="A worse model, such as the teacher pruned further: answer away from it."),
+    _number("autoguidance_scale", "How far away; 1: as the teacher answers."),
     _number("prompt_dropout", "The share of prompts that are left empty."),
     _number("lora_rank", "Learn additions of this rank, which are merged at the end, instead of all weights.", 1),
     click.option("--freeze", multiple=True, metavar="PATH", help="Keep this part of the denoiser as it is; several may be given."),
@@ -96,11 +98,14 @@ def distil(
     split: str,
     caption: str,
     work: Path | None,
+    guide: str | None,
     as_json: bool,
     **settings: Any,
 ) -> None:
     """Train STUDENT, a pruned pipeline or another, to answer as its teacher; under torchrun or accelerate on several processes."""
     _refuse_unread(data)
+    if guide is None and _typed("autoguidance_scale"):
+        raise DataError("--autoguidance_scale goes with --guide. Leave it out.")
     from ldpruner import artifacts, recovery
     from ldpruner.files import check_writable
 
@@ -119,6 +124,7 @@ def distil(
         split=split,
         caption=caption,
         probe=probe,
+        guide=pipeline_of(guide, settings) if guide else None,
     )
     if recovery.leave_processes():
         saved = artifacts.save_distilled(distilled, out, form=form)
@@ -131,10 +137,13 @@ def _refuse_unread(data: Path | None) -> None:
     guided = data is None or context.params["guidance_weight"]  # then something reads the guidance scale
     unread = OF_DATA if data is None else OF_GENERATIONS | ({"guidance_scale"} if not guided else set())
     for parameter in context.command.params:
-        typed = context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
-        if typed and parameter.name in unread:
+        if parameter.name in unread and _typed(parameter.name):
             asked = "goes with --data" if data is None else "is about the teacher's generations, and --data takes their place"
             raise DataError(f"{parameter.opts[0]} {asked}. Leave it out.")
+
+
+def _typed(parameter: str) -> bool:
+    return click.get_current_context().get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE
 
 
 def _own_device() -> str | None:

@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 Options = Mapping[str, Any]
 Weights = dict[str, tuple[Tensor, Tensor]]
 TRAJECTORIES = (7, 11, 13, 17)  # their steps: 45 timesteps without a common grid
-SAMPLES = 8  # of each, at most
+SAMPLES = 8  # of each, at most, while operators stand alone
 MOMENT_BYTES = 256 * 2**20  # operators are fitted in groups, so that the sums of one group stay below this
 
 
@@ -41,20 +41,19 @@ def fit_pointwise(
             for name, options in group.items():
                 hook = pipeline.denoiser.get_submodule(name).register_forward_hook(_watch(moments[name], options), with_kwargs=True)
                 stack.callback(hook.remove)
-            for trajectory in trajectories(probe):
+            for trajectory in trajectories(probe, min(probe.samples, SAMPLES)):
                 pipeline.latents(trajectory, batch_size=batch_size)
         weights |= {name: moment.solve(ridge) for name, moment in moments.items()}
         log.info("fitted %d of %d pointwise stand-ins", len(weights), len(wanted))
     return weights
 
 
-def trajectories(probe: Probe) -> Iterator[Probe]:
+def trajectories(probe: Probe, samples: int) -> Iterator[Probe]:
     """What stand-ins are fitted on: other noise, and mostly other timesteps, than those on which the probe scores them.
 
     An operator of the timestep alone, such as a time embedding, gives one row for each timestep: fitted at the few that
     the probe passes, it would be exact there, score nothing, and be wrong for every other number of steps.
     """
-    samples = min(probe.samples, SAMPLES)
     for number, steps in enumerate(TRAJECTORIES):
         turned = number * samples % max(1, len(probe.prompts))
         yield replace(

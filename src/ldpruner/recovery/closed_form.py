@@ -8,8 +8,10 @@ is common for channel pruning (He et al., arXiv 1707.06168, eq. 1); fitting it t
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +30,8 @@ from ldpruner.trajectories import record_calls
 log = logging.getLogger(__name__)
 
 Pair = tuple[Tensor, Tensor]
+KEPT_BYTES = 2**30  # of the original's outputs at once: its calls are made anew for every group of operators that fits in here
+SAMPLES = 24  # of each trajectory: with 8, stand-ins fitted to each other learnt the noise, and digits came out worse
 
 
 class _ReachedError(Exception):
@@ -47,28 +51,35 @@ def repair(
 
     `pipeline` is the original. Pointwise maps are drawn towards what they were, corrections towards none, by `ridge` times
     the mean second moment of what they are given. The activations are those of teacher-forced calls: the original's on
-    `fitting.trajectories(probe)`, put to both models. Costs about two halves of a pass over these calls for each edit.
+    `fitting.trajectories`, put to both models. Costs about half a pass over these calls for each edit, and a pass of the
+    original for every gigabyte of its outputs.
     """
     teacher = pipeline.denoiser
     calls = [
-        call for each in trajectories(pipeline.completed(probe)) for call in record_calls(pipeline, each, batch_size=batch_size)
+        call
+        for each in trajectories(pipeline.completed(probe), SAMPLES)
+        for call in record_calls(pipeline, each, batch_size=batch_size)
     ]
     student = pruned_view(teacher, edits, fitted)
     weights = {name: pair for name, pair in fitted.items() if name in pointwise_wanted(edits)}
-    kept = {edit.operator: edit for edit in edits if edit.reason == "chosen"}
-    for name in in_calling_order(student, list(kept), calls[0]):
-        stand_in = student.get_submodule(name)
-        assert isinstance(stand_in, StandIn)
-        if not isinstance(stand_in, Pointwise) and not _holds_correction(stand_in):
-            continue
+    chosen = [edit.operator for edit in edits if edit.reason == "chosen"]
+    names = [name for name in in_calling_order(student, chosen, calls[0]) if _can_be_fitted(student.get_submodule(name))]
+    wanted: dict[str, list[Tensor]] = {}
+    for place, name in enumerate(names):
+        if name not in wanted:
+            wanted = outputs(teacher, names[place:], calls)
+        stand_in: Any = student.get_submodule(name)
         key = name if isinstance(stand_in, Pointwise) else correction_of(name)
-        weights[key] = _fit(student, teacher, name, calls=calls, ridge=ridge, start=fitted.get(name))
+        weights[key] = _fit(student, name, calls, wanted.pop(name), ridge=ridge, start=fitted.get(name))
         set_fitted(stand_in, *weights[key])
     log.info("fitted %d stand-ins front to back on %d calls of %d samples", len(weights), len(calls), calls[0].batch)
     return weights
 
 
-def _holds_correction(stand_in: StandIn) -> bool:
+def _can_be_fitted(stand_in: nn.Module) -> bool:
+    assert isinstance(stand_in, StandIn)
+    if isinstance(stand_in, Pointwise):
+        return True
     if "correction" not in stand_in.options:
         return False
     child = stand_in.get_submodule(stand_in.options["child"]) if isinstance(stand_in, Shortcut) else None
@@ -76,20 +87,22 @@ def _holds_correction(stand_in: StandIn) -> bool:
 
 
 @torch.no_grad()
-def _fit(student: nn.Module, teacher: nn.Module, name: str, *, calls: Sequence[Call], ridge: float, start: Pair | None) -> Pair:
-    """The pair of one stand-in, from what it is given in the student and what its operator makes in the teacher."""
+def _fit(
+    student: nn.Module, name: str, calls: Sequence[Call], wanted: Sequence[Tensor], *, ridge: float, start: Pair | None
+) -> Pair:
+    """The pair of one stand-in, from what it is given in the student and what its operator made in the teacher."""
     stand_in = student.get_submodule(name)
     if isinstance(stand_in, Pointwise):
         assert start is not None
         moments = Moments.empty(stand_in.options["channels"])
-        for call in calls:
+        for call, made in zip(calls, wanted, strict=True):
             args, kwargs, _ = reach(student, name, call)
             given = resample(stand_in.pick(stand_in.options["source"], args, kwargs), stand_in.options["grid"])
-            moments.add(rows(given), rows(reach(teacher, name, call)[2]))
+            moments.add(rows(given), rows(made))
         return moments.solve(ridge, start[0])
     sums = ChannelSums()
-    for call in calls:
-        sums.add(rows(reach(student, name, call)[2]), rows(reach(teacher, name, call)[2]))
+    for call, made in zip(calls, wanted, strict=True):
+        sums.add(rows(reach(student, name, call)[2]), rows(made))
     return sums.solve(ridge)
 
 
@@ -115,6 +128,26 @@ class ChannelSums:
         penalty = variance.mean().clamp(min=0) * ridge + torch.finfo(torch.float64).tiny
         scale = (covariance + penalty) / (variance.clamp(min=0) + penalty)
         return scale.float(), (y - scale * x).float()
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> dict[str, list[Tensor]]:
+    """What modules make in every call: of the first, and of as many after it as `KEPT_BYTES` allow."""
+    made: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Any:
+        return lambda _module, _args, output: made[name].append(output)
+
+    for call in calls:
+        with ExitStack() as stack:
+            for name in made:
+                stack.callback(model.get_submodule(name).register_forward_hook(keep(name)).remove)
+            call.run(model)
+        if call is calls[0]:  # the others take as much
+            sizes = itertools.accumulate(len(calls) * tensors[0].nbytes for tensors in made.values())
+            fitting = max(1, sum(size <= KEPT_BYTES for size in sizes))
+            made = dict(itertools.islice(made.items(), fitting))
+    return made
 
 
 def reach(model: nn.Module, name: str, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:

@@ -64,20 +64,26 @@ def distil(
     split: str = "train",
     caption: str = "{text}",
     probe: Probe | None = None,
+    guide: Model | None = None,
 ) -> Distilled:
     """Teach a student, pruned or not, to answer as its teacher; the models that were given stay as they were.
 
     It learns on `data`: a folder or zip of pictures or recordings, or latents in a .safetensors file; without it on the
-    teacher's own generations for `probe`. `caption` makes prompts of the entries of `metadata.jsonl`. What is computed on
+    teacher's own generations for `probe`. `caption` makes prompts of the entries of `metadata.jsonl`. A `guide` is a worse
+    model of the same kind, such as the teacher pruned further: the teacher's answers, moved away from the guide's by
+    `autoguidance_scale`, make better samples than its own (arXiv 2406.02507), and the student learns these. What is computed on
     the way, checkpoints and `log.jsonl` lie in `work`. Raises `LDPrunerError` with what to do.
     """
     settings, work = settings or Distillation(), Path(work)
     pupil, master = as_pipeline(student), as_pipeline(teacher)
+    worse = as_pipeline(guide) if guide is not None else None
     checkpoints = Checkpoints(work=work)
     start = checkpoints.chosen(settings.resume_from_checkpoint)
     with started(settings, pupil, work) as accelerator:
         _prepare(work, checkpoints, accelerator)
         master.pipe.to(accelerator.device)
+        if worse is not None:
+            worse.denoiser.to(accelerator.device)
         maker = Maker(work=work, accelerator=accelerator, batch_size=settings.train_batch_size)
         if data is None:
             examples = generated(master, probe or GENERATED, maker=maker)
@@ -87,14 +93,16 @@ def distil(
             "student": weights_digest(pupil.denoiser),
             "teacher": weights_digest(master.denoiser),
             "data": examples.digest,
+            "guide": weights_digest(worse.denoiser) if worse is not None else None,
         }
         batches = _batches(master, examples, settings, maker)
-        learner, learning = _learning(pupil, master, settings, batches, accelerator, probe)
+        learner, learning = _learning(pupil, master, worse, settings, batches, accelerator, probe)
         seconds = _run(learning, checkpoints, start, made_with)
         learning.finish()
         record = {
             "teacher": master.source,
             "student": pupil.source,
+            "guide": worse.source if worse is not None else None,
             "data": examples.source,
             "settings": settings.to_json(),
             "processes": accelerator.num_processes,
@@ -146,18 +154,26 @@ def _batches(teacher: Pipeline, examples: Examples, settings: Distillation, make
 
 
 def _learning(
-    pupil: Pipeline, master: Pipeline, settings: Distillation, batches: Batches, accelerator: Accelerator, probe: Probe | None
+    pupil: Pipeline,
+    master: Pipeline,
+    worse: Pipeline | None,
+    settings: Distillation,
+    batches: Batches,
+    accelerator: Accelerator,
+    probe: Probe | None,
 ) -> tuple[Learner, Learning]:
-    batches.noising.check_same(Noising.of(pupil).to(accelerator.device), (master.source, pupil.source))
-    denoiser: Any = copy.deepcopy(pupil.denoiser).float().to(accelerator.device).eval()
     call = batches.probing().call
-    _check_answers(denoiser, call, batches.caller.sample_shape, (master.source, pupil.source))
+    for each in (pupil, worse) if worse is not None else (pupil,):
+        batches.noising.check_same(Noising.of(each).to(accelerator.device), (master.source, each.source))
+        _check_answers(each.denoiser, call, batches.caller.sample_shape, (master.source, each.source))
+    denoiser: Any = copy.deepcopy(pupil.denoiser).float().to(accelerator.device).eval()
     lesson = Lesson(
         teacher=master.denoiser.eval(),
         taps=find_taps(denoiser, master.denoiser, call) if settings.feature_weight else (),
         settings=settings,
         guidance_scale=_guidance_scale(master, settings, probe),
         accelerator=accelerator,
+        guide=worse.denoiser.eval() if worse is not None else None,
     )
     if not lesson.weights():
         raise RunError("only features are to be compared, and nothing was removed from this student: give another loss a weight.")

@@ -39,9 +39,13 @@ def feature_error(student: Mapping[str, Tensor], teacher: Mapping[str, Tensor], 
     return torch.stack(errors).mean()
 
 
-def guided(unconditional: Tensor, conditional: Tensor, scale: float) -> Tensor:
-    """u + g (c - u) (classifier-free guidance, arXiv 2207.12598, equation 6 with g = 1 + w)."""
-    return unconditional.float() + scale * (conditional.float() - unconditional.float())
+def guided(weak: Tensor, strong: Tensor, scale: float) -> Tensor:
+    """u + g (c - u), away from the weak answer u through the strong one c.
+
+    Classifier-free guidance where the weak one has no prompt (arXiv 2207.12598, equation 6 with g = 1 + w); autoguidance where
+    it comes from a worse model of the same kind (Karras et al., arXiv 2406.02507, equation 3).
+    """
+    return weak.float() + scale * (strong.float() - weak.float())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class Lesson:
     settings: Distillation
     guidance_scale: float
     accelerator: Accelerator
+    guide: nn.Module | None = None  # a worse model than the teacher, whose answers the teacher's are moved away from
 
     def terms(self, student: nn.Module, batch: Batch) -> Terms:
         """The losses `task`, `output`, `feature` and `guidance`, unweighted, as far as they count, and their weighted `loss`.
@@ -65,6 +70,9 @@ class Lesson:
         if weights.keys() - {"task"}:
             with torch.no_grad(), self.accelerator.autocast():
                 wanted, known = _answer(self.teacher, self.teacher, batch, self.taps)
+                if self.guide is not None:
+                    weak, _ = _answer(self.guide, self.guide, batch, ())
+                    wanted = guided(weak, wanted, self.settings.autoguidance_scale)
             if "output" in weights:
                 terms["output"] = squared_error(answer[:samples], wanted[:samples])
             if "feature" in weights:

@@ -47,6 +47,7 @@ class Distillation:
     feature_scale: Literal["teacher", "none"] = "teacher"  # what a feature's squared error is divided by
     guidance_weight: float = 0.0
     guidance_scale: float | None = None  # of the guidance loss; None: the pipeline's usual
+    autoguidance_scale: float = 1.5  # of a guide, see `distil`; 1: as if there were none
     prompt_dropout: float = 0.1  # the share of prompts replaced by "", for classifier-free guidance
     use_ema: bool = False  # the moving average of the weights is the result
     ema_decay: float = 0.9999  # its limit; it begins at (1 + step) / (10 + step)
@@ -69,7 +70,8 @@ class Distillation:
         for name in ("lora_rank", "checkpoints_total_limit"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RunError(f"{name}={getattr(self, name)}: 1 or more is needed.")
-        for name in ("task_weight", "output_weight", "feature_weight", "guidance_weight", "learning_rate", "max_grad_norm"):
+        for name in ("task_weight", "output_weight", "feature_weight", "guidance_weight", "learning_rate", "max_grad_norm",
+                     "autoguidance_scale"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise RunError(f"{name}={getattr(self, name)}: a number from 0 up is needed.")
         for name in ("prompt_dropout", "ema_decay"):
