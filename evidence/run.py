@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import hashlib
 import json
 import sys
@@ -41,6 +42,7 @@ from data import distance_to, training_latents
 from methods import WAYS
 from page import write_page
 from pictures import show
+from remembering import remembering
 
 NAMES = ("fashion", "emoji", "digits")
 STAGES = ("pruned", "repaired", "distilled")
@@ -139,7 +141,6 @@ class Bench:
 
     def taught(self, student: Pipeline, place: str, seed: int, facts: Facts) -> tuple[Pipeline, Facts]:
         """A student at the end of its distillation; of the first seed's, what it was like on the way too."""
-        guide = self.guide()
         course, ends = [], self.options.milestones if seed == 0 else []
         if ends:
             course.append({"steps": 0, "figures": self.figures(student, self.options.few_samples)})
@@ -147,12 +148,12 @@ class Bench:
             began = time.monotonic()
             made = distil(
                 student,
-                self.original,
+                self.teacher,
                 work=self.own_folder(place),
                 settings=self.distillation(seed, steps),
                 data=self.data,
                 probe=Probe(samples=self.options.distil_latents, num_inference_steps=20, seed=FIRST_SEED),
-                guide=guide,
+                guide=self.guide,
             )
             facts = {**facts, "distillation": made.record, "seconds_distilling": time.monotonic() - began}
             learnt = self.around(made.denoiser, like=student)
@@ -160,12 +161,21 @@ class Bench:
                 course.append({"steps": steps, "figures": self.figures(learnt, self.options.few_samples)})
         return learnt, {**facts, "course": course}
 
+    @functools.cached_property
+    def teacher(self) -> Pipeline:
+        return self.asked_often(self.original.denoiser)
+
+    @functools.cached_property
     def guide(self) -> Pipeline | None:
         """A worse model than the original, one for all students: the first method's plan at a harder budget, repaired."""
         if self.options.guide_budget is None:
             return None
         made, _ = self.pruned(next(iter(WAYS)), self.options.guide_budget, 0)
-        return self.around(made.denoiser)
+        return self.asked_often(made.denoiser)
+
+    def asked_often(self, denoiser: nn.Module) -> Pipeline:
+        """A pipeline with a denoiser that remembers its answers, unless features are compared, which takes more than these."""
+        return self.around(denoiser if self.options.feature_weight else remembering(denoiser, self.work / "answers"))
 
     def distillation(self, seed: int, steps: int) -> Distillation:
         """A constant rate: what is learnt in fewer steps is a part of what is learnt in more. The average does the cooling."""
@@ -289,7 +299,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--task-weight", type=float, default=0.0)
     parser.add_argument("--output-weight", type=float, default=1.0)
-    parser.add_argument("--feature-weight", type=float, default=1.0)
+    parser.add_argument("--feature-weight", type=float, default=0.0)
     parser.add_argument("--guide-budget", help="latency of the worse model that students answer away from; none by default")
     parser.add_argument("--autoguidance-scale", type=float, default=1.5, help="how far away")
     parser.add_argument("--ema-decay", type=float, default=0.99)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,10 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diffusers import VQModel
 from PIL import Image
 
+from conftest import tiny_ldm
 from ldpruner import Pipeline
 from ldpruner.files import read_json_lines
+from ldpruner.pipelines import locate
 
 ROOT = Path(__file__).parent.parent
 FEW = {
@@ -32,13 +36,34 @@ FEW = {
 
 @pytest.fixture
 def evidence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
-    """Run the evidence of some methods on zoo:fashion in this process; every line that is there then."""
+    """Run the evidence of some methods in this process; every line that is there then.
+
+    The model is tiny and untrained, of 32x32 pictures, with the judge of zoo:fashion.
+    """
     monkeypatch.syspath_prepend(ROOT / "evidence")
     pictures = tmp_path / "data" / "fashion-mnist" / "train" / "bags"
     pictures.mkdir(parents=True)
     for shade in range(8):
         Image.new("L", (32, 32), 30 * shade).save(pictures / f"{shade}.png")
-    places = {"--data": tmp_path / "data", "--work": tmp_path / "work", "--results": tmp_path / "results"}
+    pipe = tiny_ldm()
+    pipe.vqvae = VQModel(
+        in_channels=1,
+        out_channels=1,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(8,) * 4,
+        latent_channels=4,
+        norm_num_groups=4,
+        num_vq_embeddings=16,
+    ).eval()
+    pipe.save_pretrained(tmp_path / "tiny")
+    shutil.copytree(Path(locate("zoo:fashion")) / "judge", tmp_path / "tiny" / "judge")
+    places = {
+        "--model": tmp_path / "tiny",
+        "--data": tmp_path / "data",
+        "--work": tmp_path / "work",
+        "--results": tmp_path / "results",
+    }
     pairs = FEW | places | {"--page": tmp_path / "evidence.md", "--budgets": "95%", "--seeds": 0, "--threads": 1}
 
     def run(*words: str) -> list[dict[str, Any]]:
@@ -75,7 +100,9 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
     assert f"| {distilled['figures']['6']['frechet']['value']:.4g} |" in page
     named = {tmp_path / place for place in re.findall(r"!\[[^]]*\]\((evidence/[^)]+)\)", page)}
     assert len(named) == 2 + 5, "two plots, and a strip for each model that is finished"
-    assert all(min(Image.open(file).size) > 50 for file in named)
+    for file in named:
+        with Image.open(file) as picture:
+            assert min(picture.size) > 50
 
 
 @pytest.mark.slow
