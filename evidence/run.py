@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import ldpruner
@@ -89,7 +90,7 @@ class Bench:
             for budget in self.options.budgets:
                 for method in self.options.methods:
                     self.of_method(method, budget, seed)
-                    if first and self.options.distil_steps:
+                    if first and self.options.distil_steps and not self.learns_nothing():
                         self.one({"stage": "fine-tuned", "seed": 0}, lambda: self.taught(self.original, "original", 0, {}))
                     first = False
         if self.options.from_random:
@@ -109,6 +110,10 @@ class Bench:
         self.one(keys[1], lambda: (repaired, facts), few=True)
         if len(keys) > 2:
             self.one(keys[2], lambda: self.taught(repaired, place, seed, facts))
+
+    def learns_nothing(self) -> bool:
+        """Whether the original has nothing to learn of itself: only the data, or a guide, would teach it something."""
+        return not self.options.task_weight and self.options.guide_budget is None
 
     def from_random(self, method: str, budget: str) -> None:
         """The network that a method left, taught from random weights: what do the weights that were kept save?"""
@@ -140,26 +145,23 @@ class Bench:
         return made, {**made.summary(), "latency": latency, "operators": operators, "seconds_pruning": time.monotonic() - began}
 
     def taught(self, student: Pipeline, place: str, seed: int, facts: Facts) -> tuple[Pipeline, Facts]:
-        """A student at the end of its distillation; of the first seed's, what it was like on the way too."""
-        course, ends = [], self.options.milestones if seed == 0 else []
-        if ends:
-            course.append({"steps": 0, "figures": self.figures(student, self.options.few_samples)})
-        for steps in [*(each for each in ends if each < self.options.distil_steps), self.options.distil_steps]:
-            began = time.monotonic()
-            made = distil(
-                student,
-                self.teacher,
-                work=self.own_folder(place),
-                settings=self.distillation(seed, steps),
-                data=self.data,
-                probe=Probe(samples=self.options.distil_latents, num_inference_steps=20, seed=FIRST_SEED),
-                guide=self.guide,
-            )
-            facts = {**facts, "distillation": made.record, "seconds_distilling": time.monotonic() - began}
-            learnt = self.around(made.denoiser, like=student)
-            if steps < self.options.distil_steps:
-                course.append({"steps": steps, "figures": self.figures(learnt, self.options.few_samples)})
-        return learnt, {**facts, "course": course}
+        """A student at the end of its distillation; of the first seed's, what its average was like on the way too."""
+        folder, began = self.own_folder(place), time.monotonic()
+        made = distil(
+            student,
+            self.teacher,
+            work=folder,
+            settings=self.distillation(seed),
+            data=self.data,
+            probe=Probe(samples=self.options.distil_latents, num_inference_steps=20, seed=FIRST_SEED),
+            guide=self.guide,
+        )
+        spent, course = time.monotonic() - began, []
+        for steps in (0, *self.options.milestones) if seed == 0 else ():
+            then = self.around(averaged(student.denoiser, folder, steps), like=student)
+            course.append({"steps": steps, "figures": self.figures(then, self.options.few_samples)})
+        learnt = self.around(made.denoiser, like=student)
+        return learnt, {**facts, "distillation": made.record, "seconds_distilling": spent, "course": course}
 
     @functools.cached_property
     def teacher(self) -> Pipeline:
@@ -177,13 +179,12 @@ class Bench:
         """A pipeline with a denoiser that remembers its answers, unless features are compared, which takes more than these."""
         return self.around(denoiser if self.options.feature_weight else remembering(denoiser, self.work / "answers"))
 
-    def distillation(self, seed: int, steps: int) -> Distillation:
-        """A constant rate: what is learnt in fewer steps is a part of what is learnt in more. The average does the cooling."""
+    def distillation(self, seed: int) -> Distillation:
         return Distillation(
-            max_train_steps=steps,
+            max_train_steps=self.options.distil_steps,
             train_batch_size=self.options.distil_batch,
             learning_rate=self.options.learning_rate,
-            lr_scheduler="constant",
+            lr_scheduler="cosine",
             lr_warmup_steps=20,
             task_weight=self.options.task_weight,
             output_weight=self.options.output_weight,
@@ -192,8 +193,7 @@ class Bench:
             use_ema=True,
             ema_decay=self.options.ema_decay,
             seed=seed,
-            checkpointing_steps=100,
-            checkpoints_total_limit=1,
+            checkpointing_steps=self.options.milestones[0] if self.options.milestones else 100,
             resume_from_checkpoint="latest",
         )
 
@@ -264,6 +264,18 @@ class Bench:
 
 
 @torch.no_grad()
+def averaged(denoiser: nn.Module, work: Path, steps: int) -> nn.Module:
+    """A student as its moving average was after some steps, of which a checkpoint is kept; 0: as it began."""
+    then = copy.deepcopy(denoiser)
+    if steps:
+        held = load_file(work / f"checkpoint-{steps}" / "training.safetensors")
+        for name, parameter in then.named_parameters():
+            if f"average.{name}" in held:  # the others did not learn
+                parameter.copy_(held[f"average.{name}"])
+    return then
+
+
+@torch.no_grad()
 def untrained(denoiser: nn.Module) -> nn.Module:
     """A copy with every weight drawn anew, as each layer draws its own; scales begin at one and shifts at nought."""
     torch.manual_seed(0)
@@ -293,7 +305,9 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--score-samples", type=int, default=16)
     parser.add_argument("--score-steps", type=int, default=6)
     parser.add_argument("--distil-steps", type=int, default=300, help="0: none")
-    parser.add_argument("--milestones", nargs="*", type=int, default=[100], help="steps after which seed 0 is measured")
+    parser.add_argument(
+        "--milestones", nargs="*", type=int, default=[100], help="multiples of the first, after which seed 0 is measured"
+    )
     parser.add_argument("--distil-batch", type=int, default=32)
     parser.add_argument("--distil-latents", type=int, default=1000, help="generations of the teacher, where no data is given")
     parser.add_argument("--learning-rate", type=float, default=4e-4)

@@ -381,6 +381,22 @@ def test_dropped_prompts_and_guided_predictions(text_to_image: Pipeline, text_st
     assert guided(torch.tensor(1.0), torch.tensor(2.0), 3.0) == 4
 
 
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_answers_are_moved_away_from_those_of_a_guide(
+    learn: Callable[..., Distilled], student: Pipeline, ldm: Pipeline, tmp_path: Path, scale: float
+) -> None:
+    """A student that is its own guide g is off by |g + s (t - g) - g|^2 = s^2 |t - g|^2 at first."""
+    learn("plain", max_train_steps=1)
+    settings = replace(SHORT, max_train_steps=1, autoguidance_scale=scale)
+    learnt = distil(student, ldm, guide=student, work=tmp_path / "guided", settings=settings, probe=FEW)
+    plain, moved = (log_of(tmp_path / name)[0] for name in ("plain", "guided"))
+    assert moved["output"] == pytest.approx(scale**2 * plain["output"], rel=1e-4)
+    assert {name: moved[name] for name in ("task", "feature")} == {name: plain[name] for name in ("task", "feature")}
+    assert learnt.record["guide"] == "student"
+    with pytest.raises(RunError, match=r"checkpoint-1: was made with guide=[0-9a-f]+, and this run has None"):
+        learn("guided", max_train_steps=1, autoguidance_scale=scale, resume_from_checkpoint="latest")
+
+
 # The same wherever and however often it is computed
 
 
@@ -582,6 +598,8 @@ def test_a_work_folder_with_checkpoints_is_gone_on_from_only_when_asked_and_with
         (["--data", "pictures", "--samples", "3"], "--samples is about the teacher's generations"),
         (["--split", "test"], "--split goes with --data. Leave it out."),
         (["--guidance_weight", "1"], "takes no prompts, so there is no guidance"),
+        (["--autoguidance_scale", "2"], "--autoguidance_scale goes with --guide. Leave it out."),
+        (["--guide", "nowhere"], "nowhere: no such folder."),
         (["--freeze", "mid_blok"], "freeze 'mid_blok': is no part of this UNet2DModel: did you mean mid_block"),
         (["--lr_scheduler", "linaer"], "lr_scheduler='linaer' is unknown: did you mean linear?"),
         (["--max_grad_norm", "nan"], "max_grad_norm=nan: a number from 0 up is needed."),

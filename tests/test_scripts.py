@@ -31,6 +31,7 @@ FEW = {
     "--distil-steps": 2,
     "--distil-batch": 2,
     "--milestones": 1,
+    "--task-weight": 1,
 }
 
 
