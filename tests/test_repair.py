@@ -10,16 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import PROBE, Command
 from ldpruner import Edit, Plan, apply, prune
 from ldpruner.fitting import Moments, fit_pointwise, pointwise_wanted, trajectories
 from ldpruner.ldpruner_v1 import STAND_INS
-from ldpruner.operators.tracing import tensors_in, weights_digest
+from ldpruner.operators.tracing import Call, tensors_in, weights_digest
 from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators, corrected
-from ldpruner.recovery.closed_form import SAMPLES, ChannelSums, in_calling_order, reach, repair
+from ldpruner.recovery import closed_form
+from ldpruner.recovery.closed_form import SAMPLES, ChannelSums, in_calling_order, outputs, reach, repair
 from ldpruner.surgery import correction_of, pruned_view, removed_operators, set_fitted
 from ldpruner.trajectories import record_calls
 
@@ -81,6 +82,27 @@ def test_a_neutral_correction_changes_nothing(ldm: Pipeline, edits: tuple[Edit, 
 
 def without(edit: Edit) -> dict[str, object]:
     return {key: value for key, value in edit.options.items() if key != "correction"}
+
+
+def test_what_is_kept_of_the_original_at_once_changes_nothing(
+    ldm: Pipeline, edits: tuple[Edit, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = fit_pointwise(ldm, pointwise_wanted(edits), PROBE)
+    together = repair(ldm, edits, PROBE, fitted=fitted)
+    asked: list[list[str]] = []
+
+    def watched(model: nn.Module, names: list[str], calls: list[Call]) -> dict[str, list[torch.Tensor]]:
+        made = outputs(model, names, calls)
+        asked.append(list(made))
+        return made
+
+    monkeypatch.setattr(closed_form, "KEPT_BYTES", 1)
+    monkeypatch.setattr(closed_form, "outputs", watched)
+    apart = repair(ldm, edits, PROBE, fitted=fitted)
+    assert [len(names) for names in asked] == [1] * len(WANTED)
+    assert apart.keys() == together.keys()
+    for name, pair in together.items():
+        assert all(torch.equal(one, other) for one, other in zip(pair, apart[name], strict=True)), name
 
 
 @torch.no_grad()
