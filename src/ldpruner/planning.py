@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -100,7 +101,7 @@ class _Search:
 
         The search goes over choices: each attempt is another one than those before, between the largest that was too slow and
         the smallest that was fast enough. It ends with a choice that is near enough, with no choice left in between, or after
-        `attempts` plans of which one was fast enough.
+        `attempts` plans of which one was fast enough. Where that one is faster than it need be, some of it is given back.
         """
         call, limit = self._call(), targets["latency"]
         aims = [1.0, *reachable(self.run.operators, self.run.scores, "latency", selection=self.selection, priors=self.priors)]
@@ -123,7 +124,27 @@ class _Search:
             if best is None:  # readings just above the limit would creep along choices that save next to nothing
                 proposed, step = max(proposed, too_slow + step), 2 * step
             place = min(max(proposed, too_slow + 1), fast_enough - 1)
-        return best or self._everything(targets, call)
+        if best is None:
+            return self._everything(targets, call)
+        above = aims[fast_enough - 1] if fast_enough else 1.0
+        return self._given_back(best, targets, (aims[fast_enough], above), call, seen)
+
+    def _given_back(self, best: Planned, targets: Targets, span: tuple[float, float], call: Call, seen: list[Planned]) -> Planned:
+        """A plan with less removed that is still fast enough, where the choice just above it is too slow for `best` to grow.
+
+        `span` holds the predicted shares of the two choices. What is left of the limit is offered whole, then half of it.
+        """
+        taken, above = span
+        offered = min(taken * targets["latency"] / _ratio(best), math.nextafter(above, 0.0))
+        for share in (1.0, 0.5):
+            if _ratio(best) > CLOSE * targets["latency"] or offered <= taken:
+                break
+            choice = self._choose({**targets, "latency": taken + share * (offered - taken)})
+            tried = self._try(choice, call, targets["latency"], seen)
+            log.info("given back: predicted %.3f, measured %.3f", choice.predicted["latency"], _ratio(tried))
+            if _ratio(tried) <= targets["latency"] and self._counts_hold(choice, targets):
+                return tried
+        return best
 
     def _try(self, choice: Choice, call: Call, limit: float, seen: list[Planned]) -> Planned:
         """The plan of a choice with its measurement; one that was measured before keeps what was measured then.

@@ -34,11 +34,15 @@ def choose(
     """Accept options in the ranking's order until every target (a share of the original) is predicted to be met.
 
     A block and its parts are never both replaced: what saves more of the quantity that is still over target stays. What
-    `priors` do not allow beside what is chosen already is passed over. Raises `RunError` where scores are missing.
+    `priors` do not allow beside what is chosen already is passed over. The last option often saves more than was lacking: what
+    the targets hold without is then given back, last of the ranking first, which the paper does not do. Raises `RunError` where
+    scores are missing.
     """
-    chosen, left = Chosen(), operators.total
-    for chosen, left in _steps(operators, scores, targets, selection, priors):  # noqa: B007  the last step is what counts
+    chosen = Chosen()
+    for chosen, _ in _steps(operators, scores, targets, selection, priors):  # noqa: B007  the last step is what counts
         pass
+    chosen = _needed(chosen, operators, scores, targets, selection)
+    left = predict(operators, chosen)
     predicted = {quantity: share(left, operators.total, quantity) for quantity in QUANTITIES if operators.total.of(quantity)}
     return Choice(
         edits=_edits(operators, chosen, {entry.key: entry.score for entry in scores}),
@@ -50,9 +54,9 @@ def choose(
 def reachable(
     operators: Operators, scores: Sequence[Score], quantity: Quantity, *, selection: str = "order", priors: Priors = FREE
 ) -> list[float]:
-    """The shares of a quantity that `choose` can end at, one option more each time: each below the one before it.
+    """The shares of a quantity that options taken one after the other end at: each below the one before it.
 
-    `choose` gives one and the same answer for every target from one of them up to the one before.
+    For a target from one of them up to the one before, `choose` takes the same options, and gives back what the target allows.
     """
     steps = _steps(operators, scores, {quantity: 0.0}, selection, priors)
     return [share(left, operators.total, quantity) for _, left in steps]
@@ -72,6 +76,20 @@ def _steps(
         if after.of(missed[0]) < left.of(missed[0]) and priors.allow(changed, operators, missed[0]):
             chosen, left = changed, after
             yield chosen, left
+
+
+def _needed(
+    chosen: Chosen, operators: Operators, scores: Sequence[Score], targets: Mapping[Quantity, float], selection: str
+) -> Chosen:
+    """`chosen` without what every target holds without, last of the ranking first."""
+    for option in reversed(_ranked(operators, scores, list(targets), selection)):
+        name = option.operator.name
+        if chosen.get(name) == option.candidate:
+            others = {other: candidate for other, candidate in chosen.items() if other != name}
+            left = predict(operators, others)
+            if all(share(left, operators.total, quantity) <= target for quantity, target in targets.items()):
+                chosen = others
+    return chosen
 
 
 def _ranked(operators: Operators, scores: Sequence[Score], quantities: Sequence[Quantity], selection: str) -> list[Option]:
