@@ -8,19 +8,17 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from methods import WAYS
+from lines import Group, Line, course, grouped, label
 from plots import courses, quality_by_latency
 
 from ldpruner.evaluation import METRICS
 from ldpruner.files import read_json_lines, write_text
 from ldpruner.reporting import environment_line, percent
 
-Line = dict[str, Any]
 TO_DATA = "latent-frechet-to-data"
 SECOND = ("retrieval-5", "class-accuracy", "class-balance", "precision", "recall", TO_DATA)  # beside the Fréchet distance
 TITLES = {TO_DATA: "Latent Fréchet distance to the data ↓"} | {
@@ -35,22 +33,6 @@ Latency is that of one denoiser call, measured in turn with the original's, repa
 `repaired` after `--repair closed-form`, `distilled` after that and so many steps of distillation. Of several seeds the mean is
 shown, and after ± half of what lies between the lowest and the highest.
 """
-
-
-@dataclass(frozen=True, kw_only=True)
-class Group:
-    """The lines of one method at one budget, one a seed, for each stage."""
-
-    title: str
-    budget: str
-    stages: dict[str, list[Line]]
-
-    def values(self, stage: str, metric: str, count: int) -> list[float]:
-        found = (line["figures"].get(str(count), {}).get(metric) for line in self.stages.get(stage, []))
-        return [each["value"] for each in found if each is not None]
-
-    def plain(self, stage: str, name: str) -> list[float]:
-        return [line[name] for line in self.stages.get(stage, []) if line.get(name) is not None]
 
 
 def write_page(results: Path, page: Path) -> None:
@@ -84,16 +66,6 @@ def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: P
         parts += ["### Convergence\n", _convergence(taught, original, few), f"![courses](evidence/{name}-courses.png)\n"]
     parts += [_shown(lines), _how(settings, lines)]
     return "\n".join(part for part in parts if part)
-
-
-def grouped(lines: Iterable[Line]) -> list[Group]:
-    """Methods in the order of `WAYS`, budget by budget."""
-    found: dict[tuple[str, str], dict[str, list[Line]]] = {}
-    for line in lines:
-        if line["stage"] in ("pruned", "repaired", "distilled"):
-            found.setdefault((line["budget"], line["method"]), {}).setdefault(line["stage"], []).append(line)
-    ordered = sorted(found, key=lambda key: (key[0], list(WAYS).index(key[1])))
-    return [Group(title=method, budget=budget, stages=found[budget, method]) for budget, method in ordered]
 
 
 def _controls(lines: Sequence[Line], many: int, few: int) -> str:
@@ -160,19 +132,6 @@ def _convergence(lines: Sequence[Line], original: Line, few: int) -> str:
         f"Fréchet distance of {few:,} samples after so many steps of distillation; `0` is what distillation began with.\n\n"
         + _table(table)
     )
-
-
-def course(line: Line, few: int) -> list[dict[str, float]]:
-    """Steps and Fréchet distances of a student, the last included."""
-    points = [{"steps": point["steps"], "frechet": point["figures"]["frechet"]["value"]} for point in line["course"]]
-    return [*points, {"steps": line["distillation"]["steps"], "frechet": line["figures"][str(few)]["frechet"]["value"]}]
-
-
-def label(line: Line) -> str:
-    """What a line is called beside others."""
-    if line["stage"] == "distilled":
-        return f"{line['method']}, {line['budget']}"
-    return f"original, {line['stage']}" if line["stage"] == "fine-tuned" else str(line["stage"])
 
 
 def _shown(lines: Sequence[Line]) -> str:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
+from lines import Group, Line, course, label
 
 mpl.use("agg")
 from matplotlib import pyplot as plt
 
-if TYPE_CHECKING:
-    from page import Group
-
-Line = dict[str, Any]
 OURS = "ld-pruner"
 
 
@@ -53,8 +50,6 @@ def quality_by_latency(groups: Sequence[Group], original: Line, many: int, few: 
 
 def courses(lines: Sequence[Line], original: Line, few: int, file: Path, *, title: str) -> None:
     """Fréchet distance against steps of distillation."""
-    from page import course, label
-
     figure, axes = plt.subplots(figsize=(8, 4.4), layout="constrained")
     axes.axhline(original["figures"][str(few)]["frechet"]["value"], color="black", linewidth=0.8, linestyle=":", label="original")
     for number, line in enumerate(lines):

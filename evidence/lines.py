@@ -1,0 +1,50 @@
+"""The lines of `evidence/results/`, and how they belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from methods import WAYS
+
+Line = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """The lines of one method at one budget, one a seed, for each stage."""
+
+    title: str
+    budget: str
+    stages: dict[str, list[Line]]
+
+    def values(self, stage: str, metric: str, count: int) -> list[float]:
+        found = (line["figures"].get(str(count), {}).get(metric) for line in self.stages.get(stage, []))
+        return [each["value"] for each in found if each is not None]
+
+    def plain(self, stage: str, name: str) -> list[float]:
+        return [line[name] for line in self.stages.get(stage, []) if line.get(name) is not None]
+
+
+def grouped(lines: Iterable[Line]) -> list[Group]:
+    """Methods in the order of `WAYS`, budget by budget."""
+    found: dict[tuple[str, str], dict[str, list[Line]]] = {}
+    for line in lines:
+        if line["stage"] in ("pruned", "repaired", "distilled"):
+            found.setdefault((line["budget"], line["method"]), {}).setdefault(line["stage"], []).append(line)
+    ordered = sorted(found, key=lambda key: (key[0], list(WAYS).index(key[1])))
+    return [Group(title=method, budget=budget, stages=found[budget, method]) for budget, method in ordered]
+
+
+def course(line: Line, few: int) -> list[dict[str, float]]:
+    """Steps and Fréchet distances of a student, the last included."""
+    points = [{"steps": point["steps"], "frechet": point["figures"]["frechet"]["value"]} for point in line["course"]]
+    return [*points, {"steps": line["distillation"]["steps"], "frechet": line["figures"][str(few)]["frechet"]["value"]}]
+
+
+def label(line: Line) -> str:
+    """What a line is called beside others."""
+    if line["stage"] == "distilled":
+        return f"{line['method']}, {line['budget']}"
+    return f"original, {line['stage']}" if line["stage"] == "fine-tuned" else str(line["stage"])
