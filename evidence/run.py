@@ -45,7 +45,12 @@ from page import write_page
 from pictures import show
 from remembering import remembering
 
-NAMES = ("fashion", "emoji", "digits")
+RECIPES: dict[str, dict[str, Any]] = {  # how students learn, where the command line does not say otherwise; all methods alike
+    "fashion": {"distil_steps": 300, "learning_rate": 4e-4, "feature_weight": 0.0, "guide_budget": "50%"},
+    "emoji": {"distil_steps": 400, "learning_rate": 3e-4, "feature_weight": 1.0, "guide_budget": None},
+    "digits": {"distil_steps": 400, "learning_rate": 3e-4, "feature_weight": 1.0, "guide_budget": None},
+}
+NAMES = tuple(RECIPES)
 STAGES = ("pruned", "repaired", "distilled")
 SETTINGS = (
     *("samples", "few_samples", "steps", "score_samples", "score_steps", "threads"),
@@ -71,6 +76,8 @@ class Bench:
     """One pipeline: what is done to it, in which order, and what is known already."""
 
     def __init__(self, name: str, options: argparse.Namespace) -> None:
+        typed = {option: value for option, value in vars(options).items() if value is not None}
+        options = argparse.Namespace(**{**vars(options), **RECIPES[name], **typed})
         self.name, self.options = name, options
         self.work: Path = options.work / name
         self.results: Path = options.results / f"{name}.jsonl"
@@ -300,21 +307,21 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--from-random", action="store_true", help="also teach the first method's network from random weights")
     parser.add_argument("--samples", type=int, default=2000, help="generated for the figures of what is finished")
-    parser.add_argument("--few-samples", type=int, default=250, help="generated for figures on the way")
+    parser.add_argument("--few-samples", type=int, default=500, help="generated for figures on the way")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--score-samples", type=int, default=16)
     parser.add_argument("--score-steps", type=int, default=6)
-    parser.add_argument("--distil-steps", type=int, default=300, help="0: none")
+    parser.add_argument("--distil-steps", type=int, help="0: none; this and what has no default: see RECIPES")
     parser.add_argument(
         "--milestones", nargs="*", type=int, default=[100], help="multiples of the first, after which seed 0 is measured"
     )
     parser.add_argument("--distil-batch", type=int, default=32)
     parser.add_argument("--distil-latents", type=int, default=1000, help="generations of the teacher, where no data is given")
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--task-weight", type=float, default=0.0)
     parser.add_argument("--output-weight", type=float, default=1.0)
-    parser.add_argument("--feature-weight", type=float, default=0.0)
-    parser.add_argument("--guide-budget", help="latency of the worse model that students answer away from; none by default")
+    parser.add_argument("--feature-weight", type=float)
+    parser.add_argument("--guide-budget", help="latency of the worse model that students answer away from")
     parser.add_argument("--autoguidance-scale", type=float, default=1.5, help="how far away")
     parser.add_argument("--ema-decay", type=float, default=0.99)
     parser.add_argument("--batch-size", type=int, default=50)

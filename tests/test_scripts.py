@@ -32,6 +32,7 @@ FEW = {
     "--distil-batch": 2,
     "--milestones": 1,
     "--task-weight": 1,
+    "--guide-budget": "90%",
 }
 
 
