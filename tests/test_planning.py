@@ -198,7 +198,8 @@ def test_the_plan_is_corrected_until_the_measured_latency_holds(run: tuple[Pipel
     monkeypatch.setattr(planning._Search, "_measure", machine.measure)
     planned = planning.plan(pipeline, scores, {"latency": "75%"})
     assert planned.measured is not None
-    assert 0.6 < planned.measured.ratio.value <= 0.75
+    least = reachable(scores.operators, scores.scores, "latency")[-1]
+    assert 0.3 + 0.7 * least + 0.05 < planned.measured.ratio.value <= 0.75, "by far not all that can go"
     assert planned.plan.predicted["latency"] < 0.66, "the prediction alone would have stopped at 75 %"
     assert machine.asked > 1
 
