@@ -90,7 +90,7 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
     assert distilled["distillation"]["steps"] == 2
     assert [point["steps"] for point in distilled["course"]] == [0, 1]
     assert distilled["course"][0]["figures"] == repaired["figures"]["4"], "distillation begins with what repair left"
-    assert fresh["course"][0]["figures"]["frechet"]["value"] > tuned["course"][0]["figures"]["frechet"]["value"]
+    assert fresh["course"][0]["figures"] != distilled["course"][0]["figures"], "and here with other weights"
     shifts = [line["figures"]["6"]["latent-shift"]["value"] for line in (original, distilled, tuned, fresh)]
     assert shifts[0] == 0, "the original is its own reference"
     assert 0 < shifts[2] < shifts[3]
