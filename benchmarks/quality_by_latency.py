@@ -18,7 +18,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 import ldpruner
@@ -28,16 +27,9 @@ from ldpruner.files import write_json, write_text
 from ldpruner.pipelines import Pipeline, locate
 from ldpruner.reporting import environment_line, estimate, grid, percent, upright_spectrogram
 from ldpruner.sound import write_wav
+from ldpruner.zoo.looks import joined, look
 
 NAMES = ("fashion", "emoji", "digits")
-PROMPTS = tuple(
-    f"{thing}, {style} style"
-    for thing, style in zip(
-        ("red apple", "cat face", "rocket", "pizza", "red heart", "snowman", "police car", "sunflower"),
-        ("google", "twitter", "fluent3d", "google", "twitter", "fluent3d", "google", "twitter"),
-        strict=True,
-    )
-)
 
 
 def main() -> None:
@@ -66,15 +58,15 @@ def ladder(name: str, options: argparse.Namespace) -> dict[str, Any]:
         out=options.work / name / "run",
     )
     probe = ldpruner.Probe(samples=options.samples, num_inference_steps=options.steps, seed=20_000)
-    look = ldpruner.Probe(samples=8, num_inference_steps=options.steps, prompts=PROMPTS if original.task == "text-to-image" else ())
-    rungs, rows = [], [original.images(look)]
+    shown = look(original, options.steps)
+    rungs, rows = [], [original.images(shown)]
     for budget in options.budgets:
         pruned = ldpruner.prune(original, {"latency": budget}, probe=run.probe, run=options.work / name / "run")
         smaller = Pipeline(pruned.pipe, source=model)
         measured = evaluate(smaller, original, probe=probe, batch_size=options.batch_size, cache=options.work / "cache")
         edits = [asdict(edit) for edit in pruned.plan.edits]
         rungs.append({**pruned.summary(), "budget": budget, "edits": edits, **of(measured, 0)})
-        rows.append(smaller.images(look))
+        rows.append(smaller.images(shown))
     base = of(measured, 1)
     show(original, rows, ["original", *options.budgets], name, options.out)
     return {"original": base, "pruned": rungs, "environment": environment(original.denoiser)}
@@ -92,10 +84,7 @@ def show(pipeline: Pipeline, rows: Sequence[list[Image.Image]], labels: list[str
     out.mkdir(parents=True, exist_ok=True)
     if pipeline.mel is not None:
         for row, label in zip(rows, labels, strict=True):
-            waves = [pipeline.sound(picture) for picture in row]
-            pause = np.zeros(waves[0][1] // 4, dtype=np.float32)
-            joined = np.concatenate([part for wave, _ in waves for part in (wave, pause)])
-            write_wav(out / f"zoo-{name}-{label.replace('%', '')}.wav", joined, waves[0][1])
+            write_wav(out / f"zoo-{name}-{label.replace('%', '')}.wav", *joined(pipeline, row))
         rows = [[upright_spectrogram(picture) for picture in row] for row in rows]
     grid(rows, labels=labels).save(out / f"zoo-{name}.png")
 

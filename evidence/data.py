@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ldpruner.evaluation.frechet import frechet_distance
 from ldpruner.evaluation.kept import Samples
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
-from ldpruner.recovery.latents import encode
+from ldpruner.zoo.autoencoders import kept_latents
 from ldpruner.zoo.data import load_pictures
 from ldpruner.zoo.digits_recipe import HELD_OUT_TAKES, spectrograms
 from ldpruner.zoo.folders import load_captioned, load_recordings
@@ -22,14 +21,9 @@ WHERE = {"fashion": "fashion-mnist", "emoji": "emoji64.zip", "digits": "fsdd.zip
 
 
 def training_latents(name: str, pipeline: Pipeline, data: Path, file: Path) -> Path:
-    """Encode the training pictures or recordings of `zoo:NAME`, found in the folder `data`, into `file` unless it is there."""
-    if file.exists():
-        return file
+    """The training pictures or recordings of `zoo:NAME`, found in the folder `data`, as latents in `file`, made once."""
     pictures, prompts = _training_data(name, pipeline, data / WHERE[name])
-    autoencoder = getattr(pipeline.pipe, "vae", None) or pipeline.pipe.vqvae
-    latents = torch.cat([encode(autoencoder, some) for some in torch.split(pictures, 100)])
-    file.parent.mkdir(parents=True, exist_ok=True)
-    save_file({"latents": latents.contiguous()}, file, {"prompts": json.dumps(prompts)})
+    kept_latents(getattr(pipeline.pipe, "vae", None) or pipeline.pipe.vqvae, pictures, file, prompts)
     return file
 
 

@@ -47,4 +47,6 @@ def label(line: Line) -> str:
     """What a line is called beside others."""
     if line["stage"] == "distilled":
         return f"{line['method']}, {line['budget']}"
+    if line["stage"] == "from random weights":
+        return f"{line['network']}, from random weights"
     return f"original, {line['stage']}" if line["stage"] == "fine-tuned" else str(line["stage"])

@@ -31,7 +31,8 @@ Made by `python evidence/run.py --data DIR`, which adds a line to `evidence/resu
 `python evidence/page.py` from these lines. All methods take the same operators, budgets, repair, distillation, data and judge.
 Latency is that of one denoiser call, measured in turn with the original's, repair included. `pruned` is the plan as it is,
 `repaired` after `--repair closed-form`, `distilled` after that and so many steps of distillation. Of several seeds the mean is
-shown, and after ± half of what lies between the lowest and the highest.
+shown, and after ± half of what lies between the lowest and the highest. `fine-tuned` is the control: the original taught as the
+students are. Where these only imitate it (task weight 0, no guide) it has nothing to learn, and there is no such line.
 """
 
 
@@ -41,12 +42,13 @@ def write_page(results: Path, page: Path) -> None:
     parts = [HEAD]
     for name in sorted({line["pipeline"] for line in lines}, key=("fashion", "emoji", "digits").index):
         mine = [line for line in lines if line["pipeline"] == name]
-        for settings in {str(line["settings"]): line["settings"] for line in mine}.values():
-            parts.append(_section(name, settings, [line for line in mine if line["settings"] == settings], page))
+        for number, settings in enumerate({str(line["settings"]): line["settings"] for line in mine}.values()):
+            some = [line for line in mine if line["settings"] == settings]
+            parts.append(_section(name, settings, some, page, f"{name}-{number}" if number else name))
     write_text(page, "\n".join(parts))
 
 
-def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: Path) -> str:
+def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: Path, plots: str) -> str:
     original = next((line for line in lines if line["stage"] == "original"), None)
     groups = grouped(lines)
     many, few = settings["samples"], settings["few_samples"]
@@ -55,15 +57,15 @@ def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: P
     folder.mkdir(parents=True, exist_ok=True)
     done = [group for group in groups if group.stages.get("distilled")]
     if done and original:
-        quality_by_latency(done, original, many, few, folder / f"{name}-quality-by-latency.png", title=f"zoo:{name}")
-        parts.append(f"![quality against latency](evidence/{name}-quality-by-latency.png)\n")
+        quality_by_latency(done, original, many, few, folder / f"{plots}-quality-by-latency.png", title=f"zoo:{name}")
+        parts.append(f"![quality against latency](evidence/{plots}-quality-by-latency.png)\n")
     for budget in sorted({group.budget for group in groups}, reverse=True):
         some = [group for group in groups if group.budget == budget]
         parts += [f"### Latency {budget}\n", _before_and_after(some, many, few), _seconds(some, many, original)]
     taught = [line for line in lines if line.get("course")]
     if taught and original:
-        courses(taught, original, few, folder / f"{name}-courses.png", title=f"zoo:{name}")
-        parts += ["### Convergence\n", _convergence(taught, original, few), f"![courses](evidence/{name}-courses.png)\n"]
+        courses(taught, original, few, folder / f"{plots}-courses.png", title=f"zoo:{name}")
+        parts += ["### Convergence\n", _convergence(taught, original, few), f"![courses](evidence/{plots}-courses.png)\n"]
     parts += [_shown(lines), _how(settings, lines)]
     return "\n".join(part for part in parts if part)
 
@@ -75,9 +77,8 @@ def _controls(lines: Sequence[Line], many: int, few: int) -> str:
     table = [["", f"Fréchet, {few:,} samples ↓", *(f"{TITLES[metric]}" for metric in metrics)]]
     for line in rows:
         figures = line["figures"]
-        table.append(
-            [line["stage"], *(_number(figures[str(few)].get("frechet")),), *(_number(figures[str(many)].get(m)) for m in metrics)]
-        )
+        less, more = figures[str(few)].get("frechet"), [figures[str(many)].get(metric) for metric in metrics]
+        table.append([line["stage"], *map(_number, (less, *more))])
     return _table(table)
 
 

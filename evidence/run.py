@@ -1,7 +1,8 @@
 """Every method side by side, on the pipelines that ship: the same operators, budgets, repair, distillation and judge.
 
-    python evidence/run.py --data DIR                             # all of it: hours of CPU, in pieces, resumable
-    python evidence/run.py fashion --data DIR --methods ld-pruner random --budgets 65% --seeds 0
+    python evidence/run.py --data DIR                             # 65 %, every method, two seeds: hours of CPU, resumable
+    python evidence/run.py --data DIR --budgets 80% 50% --methods "ld-pruner, ratio" random taylor
+    python evidence/run.py fashion --data DIR --methods ld-pruner random --seeds 0
 
 `DIR` holds what the zoo was trained on (`fashion-mnist/`, `emoji64.zip`, `fsdd.zip`); without it, students learn on the
 teacher's own generations. One line a result goes to `evidence/results/NAME.jsonl`, as it comes: the original; the original
@@ -100,8 +101,8 @@ class Bench:
                     if first and self.options.distil_steps and not self.learns_nothing():
                         self.one({"stage": "fine-tuned", "seed": 0}, lambda: self.taught(self.original, "original", 0, {}))
                     first = False
-        if self.options.from_random:
-            self.from_random(self.options.methods[0], self.options.budgets[0])
+        if self.options.from_random and self.options.distil_steps:
+            self.one({"stage": "from random weights", "seed": 0}, self.from_random)
 
     def of_method(self, method: str, budget: str, seed: int) -> None:
         key = {"method": method, "budget": budget, "seed": seed}
@@ -122,13 +123,12 @@ class Bench:
         """Whether the original has nothing to learn of itself: only the data, or a guide, would teach it something."""
         return not self.options.task_weight and self.options.guide_budget is None
 
-    def from_random(self, method: str, budget: str) -> None:
-        """The network that a method left, taught from random weights: what do the weights that were kept save?"""
-        key = {"stage": "from random weights", "method": method, "budget": budget, "seed": 0}
-        if not self.known(key):
-            pruned, facts = self.pruned(method, budget, 0)
-            student = self.around(untrained(pruned.denoiser))
-            self.one(key, lambda: self.taught(student, "random-weights", 0, facts))
+    def from_random(self) -> tuple[Pipeline, Facts]:
+        """The network that the first method left, taught from random weights: what do the weights that were kept save?"""
+        method, budget = self.options.methods[0], self.options.budgets[0]
+        pruned, facts = self.pruned(method, budget, 0)
+        student = self.around(untrained(pruned.denoiser))
+        return self.taught(student, "random-weights", 0, {**facts, "network": f"{method}, {budget}"})
 
     def pruned(self, method: str, budget: str, seed: int) -> tuple[Pruned, Facts]:
         """The method's plan at a measured latency, repaired; a plan that an earlier run left there is kept."""
@@ -224,7 +224,7 @@ class Bench:
         began = time.monotonic()
         counts = [self.options.few_samples] if few else [self.options.samples, self.options.few_samples]
         figures = {str(count): self.figures(model, count) for count in counts}
-        shown = None if few else show(model, self.options.page.parent / "evidence", "-".join([self.name, *map(str, key.values())]))
+        shown = None if few else show(model, self.options.page.parent / "evidence", self.picture(key))
         line = {
             "identity": self.identity(key),
             "pipeline": self.name,
@@ -248,6 +248,10 @@ class Bench:
             distance = distance_to(self.data, model, found.probe, batch_size=self.options.batch_size, cache=cache)
             figures["latent-frechet-to-data"] = {"value": distance, "error": None}
         return figures
+
+    def picture(self, key: Key) -> str:
+        """A name that lines of other settings do not share."""
+        return "-".join([self.name, *map(str, key.values()), self.identity(key)[:6]])
 
     def known(self, key: Key) -> bool:
         wanted = self.identity(key)
@@ -305,7 +309,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(WAYS), choices=list(WAYS), metavar="METHOD", help=", ".join(WAYS))
     parser.add_argument("--budgets", nargs="+", default=["65%"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
-    parser.add_argument("--from-random", action="store_true", help="also teach the first method's network from random weights")
+    parser.add_argument("--from-random", action=argparse.BooleanOptionalAction, default=True, help="the first network, untrained")
     parser.add_argument("--samples", type=int, default=2000, help="generated for the figures of what is finished")
     parser.add_argument("--few-samples", type=int, default=500, help="generated for figures on the way")
     parser.add_argument("--steps", type=int, default=20)

@@ -599,6 +599,7 @@ def test_a_work_folder_with_checkpoints_is_gone_on_from_only_when_asked_and_with
         (["--split", "test"], "--split goes with --data. Leave it out."),
         (["--guidance_weight", "1"], "takes no prompts, so there is no guidance"),
         (["--autoguidance_scale", "2"], "--autoguidance_scale goes with --guide. Leave it out."),
+        (["--guide", "zoo:fashion", "--output_weight", "0"], "a guide moves what output and guidance loss compare with"),
         (["--guide", "nowhere"], "nowhere: no such folder."),
         (["--freeze", "mid_blok"], "freeze 'mid_blok': is no part of this UNet2DModel: did you mean mid_block"),
         (["--lr_scheduler", "linaer"], "lr_scheduler='linaer' is unknown: did you mean linear?"),

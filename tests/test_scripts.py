@@ -81,7 +81,7 @@ def evidence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
 def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_missing(
     evidence: Callable[..., list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    first = evidence("--from-random", "--methods", "magnitude")
+    first = evidence("--methods", "magnitude")
     stages = ["original", "pruned", "repaired", "distilled", "fine-tuned", "from random weights"]
     assert [line["stage"] for line in first] == stages
     original, pruned, repaired, distilled, tuned, fresh = first

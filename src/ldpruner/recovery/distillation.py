@@ -71,12 +71,16 @@ def distil(
     It learns on `data`: a folder or zip of pictures or recordings, or latents in a .safetensors file; without it on the
     teacher's own generations for `probe`. `caption` makes prompts of the entries of `metadata.jsonl`. A `guide` is a worse
     model of the same kind, such as the teacher pruned further: the teacher's answers, moved away from the guide's by
-    `autoguidance_scale`, make better samples than its own (arXiv 2406.02507), and the student learns these. What is computed on
-    the way, checkpoints and `log.jsonl` lie in `work`. Raises `LDPrunerError` with what to do.
+    `autoguidance_scale`, can make better samples than its own (arXiv 2406.02507), and the student learns these. What is computed
+    on the way, checkpoints and `log.jsonl` lie in `work`. Raises `LDPrunerError` with what to do.
     """
     settings, work = settings or Distillation(), Path(work)
     pupil, master = as_pipeline(student), as_pipeline(teacher)
     worse = as_pipeline(guide) if guide is not None else None
+    if worse is not None and not (settings.output_weight or settings.guidance_weight):
+        raise RunError(
+            "a guide moves what output and guidance loss compare with, and both have weight 0. Give one of them a weight."
+        )
     checkpoints = Checkpoints(work=work)
     start = checkpoints.chosen(settings.resume_from_checkpoint)
     with started(settings, pupil, work) as accelerator:
@@ -104,17 +108,25 @@ def distil(
             "student": pupil.source,
             "guide": worse.source if worse is not None else None,
             "data": examples.source,
-            "settings": settings.to_json(),
             "processes": accelerator.num_processes,
-            "samples_per_step": settings.samples_per_step(accelerator.num_processes),
-            "steps": settings.max_train_steps,
             "seconds": round(seconds, 1),
-            "taps": list(learning.lesson.taps),
-            "learning_parameters": sum(parameter.numel() for parameter in learning.parameters.values()),
+            **_learnt(learning, accelerator.num_processes),
             "losses": _losses(work / LOG),
         }
         denoiser = learner.finished()
         return Distilled(pipeline=pupil, denoiser=denoiser, record=record | {"environment": environment(denoiser)})
+
+
+def _learnt(learning: Learning, processes: int) -> dict[str, Any]:
+    """What was learnt, and by which settings."""
+    settings = learning.settings
+    return {
+        "settings": settings.to_json(),
+        "samples_per_step": settings.samples_per_step(processes),
+        "steps": settings.max_train_steps,
+        "taps": list(learning.lesson.taps),
+        "learning_parameters": sum(parameter.numel() for parameter in learning.parameters.values()),
+    }
 
 
 def _prepare(work: Path, checkpoints: Checkpoints, accelerator: Accelerator) -> None:

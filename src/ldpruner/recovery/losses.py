@@ -43,7 +43,7 @@ def guided(weak: Tensor, strong: Tensor, scale: float) -> Tensor:
     """u + g (c - u), away from the weak answer u through the strong one c.
 
     Classifier-free guidance where the weak one has no prompt (arXiv 2207.12598, equation 6 with g = 1 + w); autoguidance where
-    it comes from a worse model of the same kind (Karras et al., arXiv 2406.02507, equation 3).
+    it comes from a worse model of the same kind (Karras et al., arXiv 2406.02507). All are `(n, ...)`; the result is float32.
     """
     return weak.float() + scale * (strong.float() - weak.float())
 

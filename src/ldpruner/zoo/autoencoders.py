@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -68,16 +70,23 @@ def _latents(encoded: Any) -> Tensor:
     return latents
 
 
-def kept_latents(autoencoder: Autoencoder, images: Tensor, path: Path) -> Tensor:
-    """The scaled latents of all pictures, computed once and kept in `path` for these weights and this many pictures."""
+def kept_latents(autoencoder: Autoencoder, images: Tensor, path: Path, captions: Sequence[str] = ()) -> Tensor:
+    """The scaled latents of all pictures, computed once and kept in `path` for these weights and this many pictures.
+
+    With their captions the file is one that `ldpruner distil --data` takes.
+    """
     made_by = {"autoencoder": weights_digest(autoencoder), "pictures": str(len(images))}
+    made_by |= {"prompts": json.dumps(list(captions))} if captions else {}
     if path.exists():
         with safe_open(path, framework="pt") as stored:
             if stored.metadata() == made_by:
                 latents: Tensor = stored.get_tensor("latents")
                 return latents
     latents = (encode(autoencoder, images) * autoencoder.config["scaling_factor"]).contiguous()
-    save_file({"latents": latents}, path, made_by)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".partial")
+    save_file({"latents": latents}, scratch, made_by)
+    scratch.replace(path)
     return latents
 
 
