@@ -7,6 +7,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
@@ -34,12 +35,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from distilling import CHOSEN, FEW, SHORT, pruned
 from ldpruner import cli, fitting
 from ldpruner.evaluation.base import Stream
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
 from ldpruner.probes import Probe
+from ldpruner.recovery import Distilled, distil
 
 torch.set_num_threads(1)
 diffusers_logging.set_verbosity_error()
@@ -243,3 +246,19 @@ def real_pictures(folder: Path, count: int, size: int = 4) -> Path:
         array = random.integers(0, 255, (size, size)).astype(np.uint8)
         Image.fromarray(array).save(folder / f"{number:02d}.png")
     return folder
+
+
+@pytest.fixture
+def student(ldm: Pipeline) -> Pipeline:
+    return pruned(ldm, CHOSEN, ldm_operators())
+
+
+@pytest.fixture
+def learn(ldm: Pipeline, student: Pipeline, tmp_path: Path) -> Callable[..., Distilled]:
+    """Distil the tiny student for a few steps."""
+
+    def run(work: str = "work", data: Path | None = None, **changed: Any) -> Distilled:
+        probe = None if data else FEW
+        return distil(student, ldm, work=tmp_path / work, settings=replace(SHORT, **changed), data=data, probe=probe)
+
+    return run
