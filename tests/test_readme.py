@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from conftest import Command
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -26,14 +28,14 @@ def commands() -> list[str]:
 
 
 @pytest.mark.slow
-def test_the_commands_and_then_the_python_example_run(tmp_path: Path) -> None:
+def test_the_commands_and_then_the_python_example_run(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(commands()) >= 6
+    monkeypatch.chdir(tmp_path)
     for line in commands():
-        words = shlex.split(line, comments=True)
-        done = subprocess.run([sys.executable, "-m", *words], cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-    code = "\n".join(blocks("python"))
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+        code, _, said = command(*shlex.split(line, comments=True)[1:])
+        assert code == 0, f"{line}\n{said}"
+    example = "\n".join(blocks("python"))
+    done = subprocess.run([sys.executable, "-c", example], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
 

@@ -6,7 +6,6 @@ import json
 import re
 import runpy
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,7 +36,18 @@ FEW = {
 
 
 @pytest.fixture
-def evidence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
+def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Run a script in this process, as if it had been typed."""
+
+    def run(path: Path, *words: Any) -> None:
+        monkeypatch.setattr(sys, "argv", [str(word) for word in (path, *words)])
+        runpy.run_path(str(path), run_name="__main__")
+
+    return run
+
+
+@pytest.fixture
+def evidence(script: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[dict[str, Any]]]:
     """Run the evidence of some methods in this process; every line that is there then.
 
     The model is tiny and untrained, of 32x32 pictures, with the judge of zoo:fashion.
@@ -69,9 +79,7 @@ def evidence(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., l
     pairs = FEW | places | {"--page": tmp_path / "evidence.md", "--budgets": "95%", "--seeds": 0, "--threads": 1}
 
     def run(*words: str) -> list[dict[str, Any]]:
-        line = ["run.py", "fashion", *(word for pair in pairs.items() for word in pair), *words]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in line])
-        runpy.run_path(str(ROOT / "evidence" / "run.py"), run_name="__main__")
+        script(ROOT / "evidence" / "run.py", "fashion", *(word for pair in pairs.items() for word in pair), *words)
         return read_json_lines(tmp_path / "results" / "fashion.jsonl")
 
     return run
@@ -108,7 +116,7 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
 
 
 @pytest.mark.slow
-def test_the_demo_and_the_benchmarks_run_reduced(ldm_folder: Path, tmp_path: Path) -> None:
+def test_the_demo_and_the_benchmarks_run_reduced(script: Callable[..., None], ldm_folder: Path, tmp_path: Path) -> None:
     demo = [ROOT / "examples" / "demo.py", "--out", tmp_path / "demo", "--samples", "2", "--steps", "1", "--latency", "95%"]
     cost = [ROOT / "benchmarks" / "scoring_cost.py", "--samples", "2", "--steps", "1", "--every", "20"]
     few = ["--samples", "4", "--steps", "1", "--score-samples", "2", "--score-steps", "1", "--budgets", "98%", "95%"]
@@ -122,9 +130,7 @@ def test_the_demo_and_the_benchmarks_run_reduced(ldm_folder: Path, tmp_path: Pat
         tmp_path / "docs",
     ]
     for words in (demo, cost, ladder):
-        line = [sys.executable, *words, "--model", ldm_folder]
-        done = subprocess.run([str(word) for word in line], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+        script(*words, "--model", ldm_folder)
     assert (tmp_path / "demo" / "original-above-pruned.png").stat().st_size > 0
     assert (tmp_path / "docs" / "zoo-fashion.png").stat().st_size > 0
     rungs = json.loads((tmp_path / "docs" / "zoo.json").read_text(encoding="utf-8"))["models"]["fashion"]["pruned"]
@@ -134,12 +140,10 @@ def test_the_demo_and_the_benchmarks_run_reduced(ldm_folder: Path, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_the_demo_of_sound_leaves_something_to_listen_to(audio: Pipeline, tmp_path: Path) -> None:
+def test_the_demo_of_sound_leaves_something_to_listen_to(script: Callable[..., None], audio: Pipeline, tmp_path: Path) -> None:
     audio.pipe.save_pretrained(tmp_path / "tiny-audio")
     few = ["--samples", "2", "--steps", "1", "--latency", "98%", "--model", tmp_path / "tiny-audio", "--out", tmp_path / "demo"]
-    line = [sys.executable, ROOT / "examples" / "demo.py", "digits", *few]
-    done = subprocess.run([str(word) for word in line], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    script(ROOT / "examples" / "demo.py", "digits", *few)
     assert len(list((tmp_path / "demo" / "sounds-original").glob("*.wav"))) == 8
     assert len(list((tmp_path / "demo" / "sounds-pruned").glob("*.wav"))) == 8
     assert (tmp_path / "demo" / "original-above-pruned.png").stat().st_size > 0
