@@ -42,7 +42,7 @@ from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
 from ldpruner.probes import Probe
-from ldpruner.recovery import Distilled, distil
+from ldpruner.recovery import Distilled, activations, distil
 
 torch.set_num_threads(1)
 diffusers_logging.set_verbosity_error()
@@ -171,19 +171,21 @@ def audio() -> Pipeline:
     return Pipeline(tiny_audio(), source="tiny-audio")
 
 
-USUAL = fitting.TRAJECTORIES
+USUAL = fitting.TRAJECTORIES, activations.CALLS
 
 
 @pytest.fixture(autouse=True)
 def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins are fitted on trajectories of two and three steps, which saves most of a test's time."""
+    """Stand-ins are fitted on trajectories of two and three steps, and on few of them, which saves most of a test's time."""
     monkeypatch.setattr(fitting, "TRAJECTORIES", (2, 3))
+    monkeypatch.setattr(activations, "CALLS", 4)
 
 
 @pytest.fixture
 def usual_calls(few_calls: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins are fitted as a user's are, and as what another process or an earlier fixture made was."""
-    monkeypatch.setattr(fitting, "TRAJECTORIES", USUAL)
+    monkeypatch.setattr(fitting, "TRAJECTORIES", USUAL[0])
+    monkeypatch.setattr(activations, "CALLS", USUAL[1])
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,15 +15,16 @@ from torch import Tensor, nn
 
 from conftest import PROBE, Command
 from ldpruner import Edit, Plan, apply, prune
-from ldpruner.fitting import Moments, fit_pointwise, pointwise_wanted, trajectories
-from ldpruner.ldpruner_v1 import STAND_INS
+from ldpruner.fitting import Moments, fit_pointwise, pointwise_wanted
+from ldpruner.ldpruner_v1 import STAND_INS, StandIn
 from ldpruner.operators.tracing import Call, tensors_in, weights_digest
 from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators, corrected
-from ldpruner.recovery import closed_form
-from ldpruner.recovery.closed_form import SAMPLES, ChannelSums, in_calling_order, outputs, reach, repair
-from ldpruner.surgery import correction_of, pruned_view, removed_operators, set_fitted
-from ldpruner.trajectories import record_calls
+from ldpruner.recovery import activations, closed_form
+from ldpruner.recovery.activations import fitting_calls, in_calling_order, outputs, reach
+from ldpruner.recovery.closed_form import ChannelSums, fitted_in_order, repair
+from ldpruner.surgery import correction_of, kept_of, pruned_view, removed_operators, set_fitted
+from ldpruner.trajectories import record_call, record_calls
 
 WANTED = {
     "down_blocks.0.resnets.0.conv2": "zero",
@@ -96,29 +98,64 @@ def test_what_is_kept_of_the_original_at_once_changes_nothing(
         asked.append(list(made))
         return made
 
-    monkeypatch.setattr(closed_form, "KEPT_BYTES", 1)
+    monkeypatch.setattr(activations, "KEPT_BYTES", 1)
     monkeypatch.setattr(closed_form, "outputs", watched)
     apart = repair(ldm, edits, PROBE, fitted=fitted)
-    assert [len(names) for names in asked] == [1] * len(WANTED)
+    assert {len(names) for names in asked} == {1}
+    assert len(asked) >= len(together) > len(WANTED)
     assert apart.keys() == together.keys()
     for name, pair in together.items():
         assert all(torch.equal(one, other) for one, other in zip(pair, apart[name], strict=True)), name
 
 
 @torch.no_grad()
-def test_every_stand_in_ends_closer_to_its_operator_on_what_it_is_given(ldm: Pipeline, edits: tuple[Edit, ...]) -> None:
+def test_every_map_ends_closer_to_its_operator_on_what_it_is_given(ldm: Pipeline, edits: tuple[Edit, ...]) -> None:
     fitted = fit_pointwise(ldm, pointwise_wanted(edits), PROBE)
     digest = weights_digest(ldm.denoiser)
     weights = repair(ldm, edits, PROBE, fitted=fitted, ridge=0.0)
     assert weights_digest(ldm.denoiser) == digest, "the original is left alone"
-    keys = {name: name if kind == "pointwise" else correction_of(name) for name, kind in WANTED.items()}
-    assert set(weights) == set(keys.values())
-    calls = [call for each in trajectories(PROBE, SAMPLES) for call in record_calls(ldm, each)]
+    calls = fitting_calls(ldm, PROBE)
     student = pruned_view(ldm.denoiser, edits, weights)
-    for edit in edits:
-        earlier = {keys[name]: weights[keys[name]] for name in list(WANTED)[: list(WANTED).index(edit.operator)]}
+    order = fitted_in_order(student, edits, calls[0])
+    assert order[0] == next(iter(WANTED)), "nothing before the first stand-in is fitted"
+    keys = {name: key for name in order for key in (name, correction_of(name), kept_of(name)) if key in weights}
+    assert set(keys.values()) == set(weights)
+    assert "conv_out" in keys
+    for number, name in enumerate(keys):
+        earlier = {key: weights[key] for key in list(keys.values())[:number]}
         alone = pruned_view(ldm.denoiser, edits, fitted | earlier)  # repaired up to here, and not here
-        assert error(student, ldm, edit.operator, calls) < error(alone, ldm, edit.operator, calls), edit.operator
+        assert error(student, ldm, name, calls) < error(alone, ldm, name, calls), name
+
+
+@torch.no_grad()
+def test_maps_with_more_inputs_than_positions_take_a_scale_and_a_shift(
+    ldm: Pipeline, edits: tuple[Edit, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted = fit_pointwise(ldm, pointwise_wanted(edits), PROBE)
+    monkeypatch.setattr(closed_form, "INPUTS", 1)
+    weights = repair(ldm, edits, PROBE, fitted=fitted)
+    before: torch.nn.Module = ldm.denoiser.get_submodule("conv_out")
+    scales = (weights[kept_of("conv_out")][0] / before.weight).flatten(1)  # type: ignore[operator]
+    assert torch.allclose(scales, scales[:, :1].expand_as(scales), atol=1e-4)
+    assert not torch.allclose(scales, torch.ones(()), atol=1e-4)
+
+
+def test_the_calls_that_maps_are_fitted_on_share_no_sample(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "CALLS", 6)
+    calls = fitting_calls(ldm, PROBE)
+    assert [call.batch for call in calls] == [activations.SAMPLES] * 6
+    smaller = fitting_calls(ldm, PROBE, batch_size=8)
+    assert [call.batch for call in smaller] == [8] * 18
+    assert len({float(call.args[1]) for call in calls}) > 2, "and are spread over the timesteps"
+    first = [call.args[0][0, 0, 0, 0].item() for call in calls + record_calls(ldm, PROBE)[:1]]
+    assert len(set(first)) == len(first)
+
+
+def test_a_call_is_recorded_alone_and_ends_its_generation(ldm: Pipeline) -> None:
+    every = record_calls(ldm, PROBE)
+    for number in (0, len(every) - 1, len(every) + 5):
+        alone, wanted = record_call(ldm, PROBE, number), every[min(number, len(every) - 1)]
+        assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(alone.args, wanted.args, strict=True))
 
 
 def error(student: torch.nn.Module, original: Pipeline, name: str, calls: list[object]) -> float:
@@ -139,7 +176,8 @@ def test_a_corrected_shortcut_does_not_touch_the_child_that_it_shares(ldm: Pipel
     student, before = pruned_view(ldm.denoiser, edits, fitted), weights_digest(ldm.denoiser)
     with torch.no_grad():
         plain = reach(student, name, call)[2]
-        set_fitted(student.get_submodule(name), torch.full((16,), 2.0), torch.full((16,), 0.5))  # type: ignore[arg-type]
+        child: Any = student.get_submodule(f"{name}.{edits[1].options['child']}")
+        set_fitted(cast("StandIn", student.get_submodule(name)), 2 * child.weight, 2 * child.bias + 0.5)
         assert torch.allclose(reach(student, name, call)[2], plain * 2 + 0.5, atol=1e-5)
     assert weights_digest(ldm.denoiser) == before
 
@@ -202,7 +240,7 @@ def test_a_corrected_model_loads_in_plain_diffusers_of_a_new_process(ldm: Pipeli
 
 
 def test_the_command_line_prunes_with_priors_and_repair(command: Command, ldm_folder: Path, tmp_path: Path) -> None:
-    few = ["--samples", "2", "--steps", "1", "--method", "magnitude", "--budget", "macs=90%"]
+    few = ["--samples", "2", "--steps", "2", "--method", "magnitude", "--budget", "macs=90%"]
     asked = ["--repair", "closed_form", "--apart", "1", "--out", tmp_path / "out"]
     code, out, err = command("prune", ldm_folder, *few, *asked)
     assert code == 0, err

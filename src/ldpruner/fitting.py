@@ -90,7 +90,11 @@ class Moments:
         damped.diagonal()[:-1] += penalty
         if prior is not None:
             wanted[:-1] += penalty * prior.T.double().cpu()
-        solution = torch.linalg.lstsq(damped, wanted, driver="gelsd").solution.float()
+        factor, singular = torch.linalg.cholesky_ex(damped)
+        if singular:
+            solution = torch.linalg.lstsq(damped, wanted, driver="gelsd").solution.float()
+        else:
+            solution = torch.cholesky_solve(wanted, factor).float()
         return solution[:-1].T.contiguous(), solution[-1].contiguous()
 
 

@@ -16,8 +16,10 @@ from ldpruner.ldpruner_v1 import FORMAT_VERSION, STAND_INS, Identity, Method, Po
 from ldpruner.operators.tracing import Call, architecture, meta_copy
 from ldpruner.plans import Edit, Plan, within
 
-# Operator -> weight (out, in) and bias (out) of its pointwise map; `correction_of(operator)` -> scale and shift, (channels) both.
+# Operator -> weight (out, in) and bias (out) of its pointwise map; `correction_of(operator)` -> scale and shift, (channels) both,
+# of a shortcut the weight and bias of its child; `kept_of(operator)` -> weight and bias of an operator that stays.
 Fitted = Mapping[str, tuple[Tensor, Tensor]]
+_KEPT = ":kept"
 
 
 def correction_of(operator: str) -> str:
@@ -25,11 +27,16 @@ def correction_of(operator: str) -> str:
     return f"{operator}:correction"
 
 
+def kept_of(operator: str) -> str:
+    """The name in `Fitted` of the weight and bias that an operator gets which stays where it is."""
+    return f"{operator}{_KEPT}"
+
+
 def prune(denoiser: nn.Module, plan: Plan, *, fitted: Fitted | None = None) -> nn.Module:
     """A smaller copy of `denoiser`; the original stays as it was, and only what is kept is copied.
 
-    `fitted` holds the weights of pointwise stand-ins, see `fitting.fit_pointwise`, and corrections, see `recovery.repair`; a
-    correction that is not given changes nothing. Raises `PlanError` where the plan is for another model or needs weights that
+    `fitted` holds the weights of pointwise stand-ins, see `fitting.fit_pointwise`, and what `recovery.repair` found: what is not
+    given of that changes nothing. Raises `PlanError` where the plan is for another model or needs weights that
     are not given.
     """
     plan.check_model(architecture(denoiser), type(denoiser).__name__)
@@ -53,7 +60,7 @@ def trial(denoiser: nn.Module, edits: Sequence[Edit], *, fitted: Fitted | None =
         yield denoiser
     finally:
         for path, module in originals.items():
-            _place(denoiser, path, module)
+            place(denoiser, path, module)
 
 
 def check_edits(denoiser: nn.Module, edits: Sequence[Edit], call: Call) -> None:
@@ -83,9 +90,12 @@ def _swap_in(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted) -> dict
     """Build every stand-in before the first is put in place, so that an error changes nothing."""
     _check_apart(edits)
     originals = {edit.operator: _operator(denoiser, edit.operator) for edit in edits}
-    stand_ins = {edit.operator: _stand_in(originals[edit.operator], edit, denoiser, fitted) for edit in edits}
-    for path, stand_in in stand_ins.items():
-        _place(denoiser, path, stand_in)
+    made: dict[str, nn.Module] = {edit.operator: _stand_in(originals[edit.operator], edit, denoiser, fitted) for edit in edits}
+    kept = {name.removesuffix(_KEPT): pair for name, pair in fitted.items() if name.endswith(_KEPT)}
+    originals |= {path: _operator(denoiser, path) for path in kept}
+    made |= {path: with_weights(originals[path], *pair) for path, pair in kept.items()}
+    for path, stand_in in made.items():
+        place(denoiser, path, stand_in)
     return originals
 
 
@@ -114,10 +124,7 @@ def _stand_in(original: nn.Module, edit: Edit, denoiser: nn.Module, fitted: Fitt
 
 @torch.no_grad()
 def set_fitted(stand_in: StandIn, weight: Tensor, bias: Tensor) -> None:
-    """Give a stand-in its weights, see `Fitted`. A shortcut takes a scale and a shift into the child that it keeps.
-
-    That child is copied first: it may be the original's own.
-    """
+    """Give a stand-in its weights, see `Fitted`. Those of a shortcut are for a copy of its child, which may be the original's."""
     if isinstance(stand_in, Pointwise):
         stand_in.map.weight.copy_(weight)
         stand_in.map.bias.copy_(bias)
@@ -127,10 +134,18 @@ def set_fitted(stand_in: StandIn, weight: Tensor, bias: Tensor) -> None:
     elif isinstance(stand_in, Zero):
         stand_in.shift.copy_(bias)
     elif isinstance(stand_in, Shortcut):
-        child: Any = copy.deepcopy(stand_in.get_submodule(stand_in.options["child"]))
-        child.weight.mul_(weight.to(child.weight).view(-1, *(1,) * (child.weight.ndim - 1)))
-        child.bias.mul_(weight.to(child.bias)).add_(bias.to(child.bias) / stand_in.options["scale"])
-        stand_in._modules[stand_in.options["child"]] = child
+        name = stand_in.options["child"]
+        stand_in._modules[name] = with_weights(stand_in.get_submodule(name), weight, bias)
+
+
+@torch.no_grad()
+def with_weights(module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
+    """A copy of a linear map or convolution with another weight and bias, of the same shapes."""
+    copied: Any = copy.deepcopy(module)
+    copied.weight.copy_(weight)
+    copied.bias.copy_(bias)
+    changed: nn.Module = copied
+    return changed
 
 
 def pruned_view(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted) -> nn.Module:
@@ -147,7 +162,8 @@ def _check_apart(edits: Sequence[Edit]) -> None:
             raise PlanError(f"{following}: a plan holds a block or its parts, never both.")
 
 
-def _place(denoiser: nn.Module, path: str, module: nn.Module) -> None:
+def place(denoiser: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module where another was."""
     parent, _, name = path.rpartition(".")
     denoiser.get_submodule(parent)._modules[name] = module
 

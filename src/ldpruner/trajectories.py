@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -27,13 +27,26 @@ def record_calls(pipeline: Pipeline, probe: Probe, *, batch_size: int | None = N
     return calls
 
 
+class _ReachedError(Exception):
+    """Ends a generation once the call that was waited for has been recorded."""
+
+
+def record_call(pipeline: Pipeline, probe: Probe, number: int) -> Call:
+    """Call `number`, from 0, of the probe's generations, all samples at once, which end there; the last where they are fewer."""
+    with recording(pipeline.denoiser, until=number) as calls, suppress(_ReachedError):
+        pipeline.latents(probe)
+    return calls[-1]
+
+
 @contextmanager
-def recording(denoiser: nn.Module) -> Iterator[list[Call]]:
-    """A list that grows by one `Call` with every call of the denoiser, for as long as the block runs."""
+def recording(denoiser: nn.Module, *, until: int | None = None) -> Iterator[list[Call]]:
+    """A list that grows by one `Call` with every call of the denoiser, for as long as the block runs, or `until` is recorded."""
     calls: list[Call] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(_copied(args, kwargs, calls[-1] if calls else None))
+        if len(calls) - 1 == until:
+            raise _ReachedError
 
     handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
     try:

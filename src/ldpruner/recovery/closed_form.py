@@ -1,79 +1,102 @@
-"""Repair in closed form: every stand-in fitted to what its operator gave, on the inputs that the pruned model gives it.
+"""Repair in closed form: what stands in for operators, and the maps that stay, fitted to what the original makes.
 
 Stand-ins are chosen and scored one by one, so each was fitted as if the rest of the model were still the original. Here they
 are fitted again, front to back, each after those before it: what it is given now is mapped to what the original's operator made
-of its own inputs. Least squares, no gradient, no data but the original's generations. Layer-wise reconstruction of this kind
-is common for channel pruning (He et al., arXiv 1707.06168, eq. 1); fitting it to stand-ins of whole operators is ours.
+of its own inputs. The linear maps and convolutions that stay behind the first of them are fitted alike, each drawn towards what
+it was, and so take up what stand-ins, which have few weights, leave. Least squares, no gradient, no data but the original's
+generations, and nothing that costs time when the model runs. Layer-wise reconstruction of this kind is common for channel
+pruning (He et al., arXiv 1707.06168, eq. 1); fitting it to stand-ins of whole operators is ours.
 """
 
 from __future__ import annotations
 
-import itertools
 import logging
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ldpruner.fitting import Moments, Weights, pointwise_wanted, rows, trajectories
+from ldpruner.fitting import Moments, Weights, pointwise_wanted, rows
 from ldpruner.ldpruner_v1 import Pointwise, Shortcut, StandIn, resample
 from ldpruner.operators.tracing import Call
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit
+from ldpruner.plans import Edit, within
 from ldpruner.probes import Probe
-from ldpruner.surgery import Fitted, correction_of, pruned_view, set_fitted
-from ldpruner.trajectories import record_calls
+from ldpruner.recovery.activations import fitting_calls, in_calling_order, outputs, reach
+from ldpruner.surgery import Fitted, correction_of, kept_of, place, pruned_view, set_fitted, with_weights
 
 log = logging.getLogger(__name__)
 
 Pair = tuple[Tensor, Tensor]
-KEPT_BYTES = 2**30  # of the original's outputs at once: its calls are made anew for every group of operators that fits in here
-SAMPLES = 24  # of each trajectory: with 8, stand-ins fitted to each other learnt the noise, and digits came out worse
+ROWS = 16_384  # positions, at most, on which a map that stays is fitted
+NOT_FITTED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")  # a softmax lies between: it gained nothing
+INPUTS = 4096  # of an output of such a map, at most: their moments are a square matrix
 
 
-class _ReachedError(Exception):
-    """Ends a denoiser call once the module that was waited for has run."""
-
-
+@torch.no_grad()
 def repair(
     pipeline: Pipeline,
     edits: Sequence[Edit],
     probe: Probe,
     *,
     fitted: Fitted,
-    ridge: float = 1e-3,
+    ridge: float = 3e-3,
     batch_size: int | None = None,
 ) -> Weights:
-    """What the stand-ins of `edits` are to hold, see `surgery.Fitted`, fitted front to back; `fitted` is where maps start.
+    """What the pruned model is to hold, see `surgery.Fitted`, fitted front to back; `fitted` is where pointwise maps start.
 
-    `pipeline` is the original. Pointwise maps are drawn towards what they were, corrections towards none, by `ridge` times
-    the mean second moment of what they are given. The activations are those of teacher-forced calls: the original's on
-    `fitting.trajectories`, put to both models. Costs about half a pass over these calls for each edit, and a pass of the
+    `pipeline` is the original. All maps are drawn towards what they were, corrections towards none, by `ridge` times the mean
+    second moment of what they are given. The activations are those of teacher-forced calls, `activations.fitting_calls`: the
+    original's, put to both models. Costs about half a pass over these calls for each map that is fitted, and a pass of the
     original for every gigabyte of its outputs.
     """
     teacher = pipeline.denoiser
-    calls = [
-        call
-        for each in trajectories(pipeline.completed(probe), SAMPLES)
-        for call in record_calls(pipeline, each, batch_size=batch_size)
-    ]
+    calls = fitting_calls(pipeline, probe, batch_size=batch_size)
     student = pruned_view(teacher, edits, fitted)
     weights = {name: pair for name, pair in fitted.items() if name in pointwise_wanted(edits)}
-    chosen = [edit.operator for edit in edits if edit.reason == "chosen"]
-    names = [name for name in in_calling_order(student, chosen, calls[0]) if _can_be_fitted(student.get_submodule(name))]
+    names = fitted_in_order(student, edits, calls[0])
     wanted: dict[str, list[Tensor]] = {}
-    for place, name in enumerate(names):
+    for number, name in enumerate(names):
         if name not in wanted:
-            wanted = outputs(teacher, names[place:], calls)
-        stand_in: Any = student.get_submodule(name)
-        key = name if isinstance(stand_in, Pointwise) else correction_of(name)
-        weights[key] = _fit(student, name, calls, wanted.pop(name), ridge=ridge, start=fitted.get(name))
-        set_fitted(stand_in, *weights[key])
-    log.info("fitted %d stand-ins front to back on %d calls of %d samples", len(weights), len(calls), calls[0].batch)
+            wanted = outputs(teacher, names[number:], calls)
+        made = wanted.pop(name)
+        module = student.get_submodule(name)
+        if not isinstance(module, StandIn):
+            if not torch.equal(reach(student, name, calls[0])[2], made[0]):  # else nothing before it has changed
+                weights[kept_of(name)] = _fit_map(student, name, module, calls, made, ridge=ridge)
+                place(student, name, with_weights(module, *weights[kept_of(name)]))
+            continue
+        key = name if isinstance(module, Pointwise) else correction_of(name)
+        weights[key] = _fit_stand_in(student, name, module, calls, made, ridge=ridge, start=fitted.get(name))
+        set_fitted(module, *weights[key])
+    log.info("fitted %d maps front to back on %d calls of %d samples", len(weights), len(calls), calls[0].batch)
     return weights
+
+
+def fitted_in_order(student: nn.Module, edits: Iterable[Edit], call: Call) -> list[str]:
+    """The stand-ins that can be fitted, and the maps that stay behind the first of them, in the order in which they run."""
+    replaced = [edit.operator for edit in edits]
+    chosen = [edit.operator for edit in edits if edit.reason == "chosen"]
+    maps = [
+        name
+        for name, module in student.named_modules()
+        if _is_map(module)
+        and name.rpartition(".")[2] not in NOT_FITTED
+        and not any(within(name, operator) for operator in replaced)
+    ]
+    order = in_calling_order(student, [*chosen, *maps], call)
+    first = min((order.index(name) for name in chosen if name in order), default=len(order))
+    return [name for name in order[first:] if name in maps or _can_be_fitted(student.get_submodule(name))]
+
+
+def _is_map(module: Any) -> bool:
+    """Whether it is a linear map, or a convolution of pictures of all channels, with a bias."""
+    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros" or isinstance(module.padding, str)):
+        return False
+    return isinstance(module, nn.Linear | nn.Conv2d) and isinstance(module.bias, Tensor)
 
 
 def _can_be_fitted(stand_in: nn.Module) -> bool:
@@ -82,16 +105,24 @@ def _can_be_fitted(stand_in: nn.Module) -> bool:
         return True
     if "correction" not in stand_in.options:
         return False
-    child = stand_in.get_submodule(stand_in.options["child"]) if isinstance(stand_in, Shortcut) else None
-    return child is None or all(isinstance(getattr(child, name, None), Tensor) for name in ("weight", "bias"))
+    return not isinstance(stand_in, Shortcut) or _is_map(stand_in.get_submodule(stand_in.options["child"]))
 
 
-@torch.no_grad()
-def _fit(
-    student: nn.Module, name: str, calls: Sequence[Call], wanted: Sequence[Tensor], *, ridge: float, start: Pair | None
+def _fit_stand_in(
+    student: nn.Module,
+    name: str,
+    stand_in: StandIn,
+    calls: Sequence[Call],
+    wanted: Sequence[Tensor],
+    *,
+    ridge: float,
+    start: Pair | None,
 ) -> Pair:
     """The pair of one stand-in, from what it is given in the student and what its operator made in the teacher."""
-    stand_in = student.get_submodule(name)
+    if isinstance(stand_in, Shortcut):
+        child, scale = stand_in.options["child"], stand_in.options["scale"]
+        module = stand_in.get_submodule(child)
+        return _fit_map(student, f"{name}.{child}", module, calls, [made / scale for made in wanted], ridge=ridge)
     if isinstance(stand_in, Pointwise):
         assert start is not None
         moments = Moments.empty(stand_in.options["channels"])
@@ -104,6 +135,35 @@ def _fit(
     for call, made in zip(calls, wanted, strict=True):
         sums.add(rows(reach(student, name, call)[2]), rows(made))
     return sums.solve(ridge)
+
+
+def _fit_map(student: nn.Module, name: str, module: Any, calls: Sequence[Call], wanted: Sequence[Tensor], *, ridge: float) -> Pair:
+    """The weight and bias of a map that stays, on some of the positions; a scale and shift of its outputs where they are few."""
+    inputs, positions = module.weight[0].numel(), len(rows(wanted[0])) * len(calls)
+    if inputs > min(positions, INPUTS):
+        sums = ChannelSums()
+        for call, made in zip(calls, wanted, strict=True):
+            sums.add(rows(reach(student, name, call)[2]), rows(made))
+        scale, shift = (values.to(module.weight.device) for values in sums.solve(ridge))
+        return torch.einsum("o...,o->o...", module.weight.float(), scale), module.bias.float() * scale + shift
+    draw, moments = torch.Generator().manual_seed(0), Moments.empty([inputs, len(module.weight)])
+    for call, made in zip(calls, wanted, strict=True):
+        args, kwargs, _ = reach(student, name, call)
+        given, answers = _patches(module, args[0] if args else kwargs["input"]), rows(made)
+        if positions > ROWS:
+            some = torch.rand(len(answers), generator=draw).lt(ROWS / positions).to(answers.device)
+            given, answers = given[some], answers[some]
+        moments.add(given, answers)
+    weight, bias = moments.solve(ridge, module.weight.float().flatten(1))
+    return weight.view(module.weight.shape), bias
+
+
+def _patches(module: nn.Module, given: Tensor) -> Tensor:
+    """What a map multiplies by its weight at every position: `(positions, inputs of one output)`, float32."""
+    if isinstance(module, nn.Conv2d):
+        kernel: Any = {name: getattr(module, name) for name in ("kernel_size", "dilation", "padding", "stride")}
+        return F.unfold(given.float(), **kernel).mT.flatten(0, 1)
+    return given.flatten(0, -2).float()
 
 
 @dataclass
@@ -128,61 +188,3 @@ class ChannelSums:
         penalty = variance.mean().clamp(min=0) * ridge + torch.finfo(torch.float64).tiny
         scale = (covariance + penalty) / (variance.clamp(min=0) + penalty)
         return scale.float(), (y - scale * x).float()
-
-
-@torch.no_grad()
-def outputs(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> dict[str, list[Tensor]]:
-    """What modules make in every call: of the first, and of as many after it as `KEPT_BYTES` allow."""
-    made: dict[str, list[Tensor]] = {name: [] for name in names}
-
-    def keep(name: str) -> Any:
-        return lambda _module, _args, output: made[name].append(output)
-
-    for call in calls:
-        with ExitStack() as stack:
-            for name in made:
-                stack.callback(model.get_submodule(name).register_forward_hook(keep(name)).remove)
-            call.run(model)
-        if call is calls[0]:  # the others take as much
-            sizes = itertools.accumulate(len(calls) * tensors[0].nbytes for tensors in made.values())
-            fitting = max(1, sum(size <= KEPT_BYTES for size in sizes))
-            made = dict(itertools.islice(made.items(), fitting))
-    return made
-
-
-def reach(model: nn.Module, name: str, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
-    """What one module is given in a call, and what it makes of it; the call ends there."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
-
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        seen.append((args, kwargs, output))
-        raise _ReachedError
-
-    handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
-    try:
-        call.run(model)
-    except _ReachedError:
-        return seen[0]
-    finally:
-        handle.remove()
-    raise AssertionError(f"{name} was traced and yet did not run")
-
-
-@torch.no_grad()
-def in_calling_order(model: nn.Module, names: Sequence[str], call: Call) -> list[str]:
-    """The modules of these names in the order in which they run."""
-    ran: dict[str, None] = {}
-    handles = [model.get_submodule(name).register_forward_hook(_noting(ran, name)) for name in names]
-    try:
-        call.run(model)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return list(ran)
-
-
-def _noting(ran: dict[str, None], name: str) -> Any:
-    def hook(*_: Any) -> None:
-        ran.setdefault(name)
-
-    return hook

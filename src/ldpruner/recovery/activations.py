@@ -1,0 +1,109 @@
+"""What modules are given and make of it, in the calls on which stand-ins are fitted to each other."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldpruner import fitting
+from ldpruner.operators.tracing import Call
+from ldpruner.pipelines import Pipeline
+from ldpruner.probes import Probe
+from ldpruner.trajectories import record_call
+
+CALLS = 48
+SAMPLES = 24  # of each call
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo one, are spread evenly however many are taken
+KEPT_BYTES = 2**30  # of the original's outputs at once: its calls are made anew for every group of operators that fits in here
+
+
+class _ReachedError(Exception):
+    """Ends a denoiser call once the module that was waited for has run."""
+
+
+def fitting_calls(pipeline: Pipeline, probe: Probe, *, batch_size: int | None = None) -> list[Call]:
+    """`CALLS` calls of `SAMPLES` samples, no sample in two of them; more calls of fewer samples for a smaller `batch_size`.
+
+    Neighbouring steps of one generation say nearly the same. On as many calls of a quarter of the samples, twelve of each, a
+    convolution of a thousand weights an output learnt these generations by heart: its error fell to a tenth there, and not at
+    all on others. Costs about `CALLS x SAMPLES x 6` denoiser passes: a generation ends with the call that is wanted of it.
+    """
+    probe, size = pipeline.completed(probe), min(batch_size or SAMPLES, SAMPLES)
+    calls = []
+    for number in range(math.ceil(CALLS * SAMPLES / size)):
+        steps = fitting.TRAJECTORIES[number % len(fitting.TRAJECTORIES)]
+        turned = number * size % max(1, len(probe.prompts))
+        other = replace(
+            probe,
+            samples=size,
+            num_inference_steps=steps,
+            seed=probe.seed + probe.samples + number * size,
+            prompts=probe.prompts[turned:] + probe.prompts[:turned],
+        )
+        calls.append(record_call(pipeline, other, int(number * GOLDEN % 1 * steps)))
+    return calls
+
+
+@torch.no_grad()
+def outputs(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> dict[str, list[Tensor]]:
+    """What modules make in every call: of the first, and of as many after it as `KEPT_BYTES` allow."""
+    made: dict[str, list[Tensor]] = {name: [] for name in names}
+
+    def keep(name: str) -> Any:
+        return lambda _module, _args, output: made[name].append(output)
+
+    for call in calls:
+        with ExitStack() as stack:
+            for name in made:
+                stack.callback(model.get_submodule(name).register_forward_hook(keep(name)).remove)
+            call.run(model)
+        if call is calls[0]:  # the others take as much
+            sizes = itertools.accumulate(len(calls) * tensors[0].nbytes for tensors in made.values())
+            fitting_in = max(1, sum(size <= KEPT_BYTES for size in sizes))
+            made = dict(itertools.islice(made.items(), fitting_in))
+    return made
+
+
+def reach(model: nn.Module, name: str, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+    """What one module is given in a call, and what it makes of it; the call ends there."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        seen.append((args, kwargs, output))
+        raise _ReachedError
+
+    handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+    try:
+        call.run(model)
+    except _ReachedError:
+        return seen[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"{name} was traced and yet did not run")
+
+
+@torch.no_grad()
+def in_calling_order(model: nn.Module, names: Sequence[str], call: Call) -> list[str]:
+    """Those of the modules that run once in a call, in the order in which they do."""
+    ran: dict[str, int] = {}
+    handles = [model.get_submodule(name).register_forward_hook(_counting(ran, name)) for name in names]
+    try:
+        call.run(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [name for name, times in ran.items() if times == 1]
+
+
+def _counting(ran: dict[str, int], name: str) -> Any:
+    def hook(*_: Any) -> None:
+        ran[name] = ran.get(name, 0) + 1
+
+    return hook
