@@ -47,15 +47,15 @@ from pictures import show
 from remembering import remembering
 
 RECIPES: dict[str, dict[str, Any]] = {  # how students learn, where the command line does not say otherwise; all methods alike
-    "fashion": {"distil_steps": 300, "learning_rate": 4e-4, "feature_weight": 0.0, "guide_budget": "50%"},
+    "fashion": {"distil_steps": 400, "learning_rate": 1e-4, "feature_weight": 0.0, "guide_budget": "50%"},
     "emoji": {"distil_steps": 400, "learning_rate": 3e-4, "feature_weight": 1.0, "guide_budget": None},
-    "digits": {"distil_steps": 400, "learning_rate": 3e-4, "feature_weight": 1.0, "guide_budget": None},
+    "digits": {"distil_steps": 400, "learning_rate": 1e-4, "feature_weight": 0.1, "guide_budget": None},
 }
 NAMES = tuple(RECIPES)
 STAGES = ("pruned", "repaired", "distilled")
 SETTINGS = (
     *("samples", "few_samples", "steps", "score_samples", "score_steps", "threads"),
-    *("distil_steps", "distil_batch", "learning_rate", "task_weight", "output_weight", "feature_weight", "ema_decay"),
+    *("distil_steps", "distil_batch", "learning_rate", "warmup_steps", "task_weight", "output_weight", "feature_weight", "ema_decay"),
     *("guide_budget", "autoguidance_scale"),
 )
 
@@ -192,7 +192,7 @@ class Bench:
             train_batch_size=self.options.distil_batch,
             learning_rate=self.options.learning_rate,
             lr_scheduler="cosine",
-            lr_warmup_steps=20,
+            lr_warmup_steps=self.options.warmup_steps,
             task_weight=self.options.task_weight,
             output_weight=self.options.output_weight,
             feature_weight=self.options.feature_weight,
@@ -317,16 +317,17 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--score-steps", type=int, default=6)
     parser.add_argument("--distil-steps", type=int, help="0: none; this and what has no default: see RECIPES")
     parser.add_argument(
-        "--milestones", nargs="*", type=int, default=[100], help="multiples of the first, after which seed 0 is measured"
+        "--milestones", nargs="*", type=int, default=[100, 200], help="multiples of the first, after which seed 0 is measured"
     )
     parser.add_argument("--distil-batch", type=int, default=32)
     parser.add_argument("--distil-latents", type=int, default=1000, help="generations of the teacher, where no data is given")
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--warmup-steps", type=int, default=50)
     parser.add_argument("--task-weight", type=float, default=0.0)
     parser.add_argument("--output-weight", type=float, default=1.0)
     parser.add_argument("--feature-weight", type=float)
     parser.add_argument("--guide-budget", help="latency of the worse model that students answer away from")
-    parser.add_argument("--autoguidance-scale", type=float, default=1.5, help="how far away")
+    parser.add_argument("--autoguidance-scale", type=float, default=1.4, help="how far away")
     parser.add_argument("--ema-decay", type=float, default=0.99)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
