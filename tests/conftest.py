@@ -171,7 +171,7 @@ def audio() -> Pipeline:
     return Pipeline(tiny_audio(), source="tiny-audio")
 
 
-USUAL = fitting.TRAJECTORIES, activations.CALLS
+USUAL = fitting.TRAJECTORIES, activations.CALLS, activations.STEPS
 
 
 @pytest.fixture(autouse=True)
@@ -179,6 +179,7 @@ def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins are fitted on trajectories of two and three steps, and on few of them, which saves most of a test's time."""
     monkeypatch.setattr(fitting, "TRAJECTORIES", (2, 3))
     monkeypatch.setattr(activations, "CALLS", 4)
+    monkeypatch.setattr(activations, "STEPS", (2, 3))
 
 
 @pytest.fixture
@@ -186,6 +187,7 @@ def usual_calls(few_calls: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stand-ins are fitted as a user's are, and as what another process or an earlier fixture made was."""
     monkeypatch.setattr(fitting, "TRAJECTORIES", USUAL[0])
     monkeypatch.setattr(activations, "CALLS", USUAL[1])
+    monkeypatch.setattr(activations, "STEPS", USUAL[2])
 
 
 @pytest.fixture(autouse=True)

@@ -142,6 +142,7 @@ def test_maps_with_more_inputs_than_positions_take_a_scale_and_a_shift(
 
 def test_the_calls_that_maps_are_fitted_on_share_no_sample(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "CALLS", 6)
+    monkeypatch.setattr(activations, "STEPS", range(5, 9))
     calls = fitting_calls(ldm, PROBE)
     assert [call.batch for call in calls] == [activations.SAMPLES] * 6
     smaller = fitting_calls(ldm, PROBE, batch_size=8)
@@ -149,6 +150,19 @@ def test_the_calls_that_maps_are_fitted_on_share_no_sample(ldm: Pipeline, monkey
     assert len({float(call.args[1]) for call in calls}) > 2, "and are spread over the timesteps"
     first = [call.args[0][0, 0, 0, 0].item() for call in calls + record_calls(ldm, PROBE)[:1]]
     assert len(set(first)) == len(first)
+
+
+@torch.no_grad()
+def test_what_depends_on_the_timestep_alone_is_left_as_it_is(ldm: Pipeline, operators: Operators) -> None:
+    wanted = {"time_embedding": "pointwise", "down_blocks.1.attentions.0": "identity"}
+    edits = [
+        Edit(operator=name, replacement=kind, options=operators[name].candidate(kind).options) for name, kind in wanted.items()
+    ]
+    fitted = fit_pointwise(ldm, pointwise_wanted(edits), PROBE)
+    weights = repair(ldm, edits, PROBE, fitted=fitted)
+    assert weights["time_embedding"] is fitted["time_embedding"]
+    assert not any("time_emb_proj" in name for name in weights)
+    assert kept_of("down_blocks.0.resnets.0.conv2") in weights, "it is given another embedding now"
 
 
 def test_a_call_is_recorded_alone_and_ends_its_generation(ldm: Pipeline) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldpruner import fitting
 from ldpruner.operators.tracing import Call
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
@@ -20,6 +19,7 @@ from ldpruner.trajectories import record_call
 
 CALLS = 48
 SAMPLES = 24  # of each call
+STEPS = (7, 11, 13, 17)  # of the generations that calls are taken from, in turn
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo one, are spread evenly however many are taken
 KEPT_BYTES = 2**30  # of the original's outputs at once: its calls are made anew for every group of operators that fits in here
 
@@ -38,7 +38,7 @@ def fitting_calls(pipeline: Pipeline, probe: Probe, *, batch_size: int | None = 
     probe, size = pipeline.completed(probe), min(batch_size or SAMPLES, SAMPLES)
     calls = []
     for number in range(math.ceil(CALLS * SAMPLES / size)):
-        steps = fitting.TRAJECTORIES[number % len(fitting.TRAJECTORIES)]
+        steps = STEPS[number % len(STEPS)]
         turned = number * size % max(1, len(probe.prompts))
         other = replace(
             probe,

@@ -64,6 +64,8 @@ def repair(
             wanted = outputs(teacher, names[number:], calls)
         made = wanted.pop(name)
         module = student.get_submodule(name)
+        if made[0].ndim < 3 and (isinstance(module, Pointwise) or not isinstance(module, StandIn)):
+            continue  # one row a sample, such as an embedding of the timestep: as many that differ as there are timesteps, too few
         if not isinstance(module, StandIn):
             if not torch.equal(reach(student, name, calls[0])[2], made[0]):  # else nothing before it has changed
                 weights[kept_of(name)] = _fit_map(student, name, module, calls, made, ridge=ridge)
