@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from conftest import PROBE, Command
 from ldpruner import Edit, Plan, apply, prune
+from ldpruner.artifacts.dense import densify
 from ldpruner.fitting import Moments, fit_pointwise, pointwise_wanted
 from ldpruner.ldpruner_v1 import STAND_INS, StandIn
 from ldpruner.operators.tracing import Call, tensors_in, weights_digest
@@ -150,6 +152,19 @@ def test_the_calls_that_maps_are_fitted_on_share_no_sample(ldm: Pipeline, monkey
     assert len({float(call.args[1]) for call in calls}) > 2, "and are spread over the timesteps"
     first = [call.args[0][0, 0, 0, 0].item() for call in calls + record_calls(ldm, PROBE)[:1]]
     assert len(set(first)) == len(first)
+
+
+@torch.no_grad()
+def test_the_dense_form_of_a_repaired_model_holds_all_that_was_fitted(ldm: Pipeline, edits: tuple[Edit, ...]) -> None:
+    branches = tuple(edit for edit in edits if edit.replacement in ("zero", "shortcut"))
+    whole = prune(ldm, {"macs": "95%"}, probe=PROBE, method="magnitude", repair="closed-form").plan
+    pruned = apply(ldm, replace(whole, edits=branches))
+    assert {key.rpartition(":")[2] for key in pruned.fitted} == {"correction", "kept"}
+    call = ldm.call(PROBE)
+    expected = call.run(pruned.denoiser).sample
+    made = call.run(densify(ldm, pruned.plan, fitted=pruned.fitted)).sample
+    assert torch.allclose(made, expected, atol=1e-4)
+    assert not torch.allclose(call.run(densify(ldm, pruned.plan)).sample, expected, atol=1e-4), "without them it is another model"
 
 
 @torch.no_grad()

@@ -32,6 +32,11 @@ def kept_of(operator: str) -> str:
     return f"{operator}{_KEPT}"
 
 
+def of_kept(fitted: Fitted) -> dict[str, tuple[Tensor, Tensor]]:
+    """The weight and bias of every operator that stays and gets others, by its path."""
+    return {name.removesuffix(_KEPT): pair for name, pair in fitted.items() if name.endswith(_KEPT)}
+
+
 def prune(denoiser: nn.Module, plan: Plan, *, fitted: Fitted | None = None) -> nn.Module:
     """A smaller copy of `denoiser`; the original stays as it was, and only what is kept is copied.
 
@@ -91,7 +96,7 @@ def _swap_in(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted) -> dict
     _check_apart(edits)
     originals = {edit.operator: _operator(denoiser, edit.operator) for edit in edits}
     made: dict[str, nn.Module] = {edit.operator: _stand_in(originals[edit.operator], edit, denoiser, fitted) for edit in edits}
-    kept = {name.removesuffix(_KEPT): pair for name, pair in fitted.items() if name.endswith(_KEPT)}
+    kept = of_kept(fitted)
     originals |= {path: _operator(denoiser, path) for path in kept}
     made |= {path: with_weights(originals[path], *pair) for path, pair in kept.items()}
     for path, stand_in in made.items():

@@ -19,7 +19,7 @@ from ldpruner.operators.tracing import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Plan
 from ldpruner.probes import Probe
-from ldpruner.surgery import Fitted, trial
+from ldpruner.surgery import Fitted, correction_of, of_kept, place, trial, with_weights
 
 _LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Given = tuple[tuple[Any, ...], dict[str, Any]]
@@ -32,6 +32,8 @@ def densify(pipeline: Pipeline, plan: Plan, *, fitted: Fitted | None = None) -> 
     which no weights can express.
     """
     dense = copy.deepcopy(pipeline.denoiser)
+    for path, pair in of_kept(fitted or {}).items():
+        place(dense, path, with_weights(dense.get_submodule(path), *pair))
     given = _inputs(pipeline, [edit.operator for edit in plan.edits], plan.probe or Probe())
     refused = [
         edit for edit in plan.edits if edit.reason == "chosen" and not _rewrite(dense, edit, given[edit.operator], fitted or {})
@@ -83,7 +85,7 @@ def _rewrite(dense: nn.Module, edit: Edit, given: Given, fitted: Fitted) -> bool
 def _ways(operator: nn.Module, edit: Edit, fitted: Fitted) -> Iterator[Callable[[], None]]:
     if isinstance(operator, _LEAVES):
         if edit.replacement == "zero":
-            yield lambda: _fill(operator, None, None)
+            yield lambda: _fill(operator, None, fitted[name][1] if (name := correction_of(edit.operator)) in fitted else None)
         if edit.replacement == "identity":
             yield lambda: _fill(operator, torch.eye(operator.weight.shape[0], operator.weight.shape[1]), None)
         if edit.replacement == "pointwise":
@@ -91,7 +93,17 @@ def _ways(operator: nn.Module, edit: Edit, fitted: Fitted) -> Iterator[Callable[
         return
     for leaf in operator.modules():  # a block that keeps its skip path: one of its leaves is the end of the branch
         if isinstance(leaf, _LEAVES) and edit.replacement in {"identity", "shortcut", "zero"}:
-            yield lambda leaf=leaf: _fill(leaf, None, None)  # type: ignore[misc]
+            yield lambda leaf=leaf: _leave_out(leaf, operator, edit, fitted)  # type: ignore[misc]
+
+
+def _leave_out(leaf: nn.Module, block: nn.Module, edit: Edit, fitted: Fitted) -> None:
+    """Silence the end of a branch; the child on a shortcut's skip path takes what repair gave it."""
+    _fill(leaf, None, None)
+    name = correction_of(edit.operator)
+    if edit.replacement == "shortcut" and name in fitted and "correction" in edit.options:
+        child: Any = block.get_submodule(edit.options["child"])
+        for parameter, values in zip((child.weight, child.bias), fitted[name], strict=True):
+            parameter.copy_(values)
 
 
 def _fill(leaf: Any, matrix: Tensor | None, bias: Tensor | None) -> None:
