@@ -49,13 +49,22 @@ from remembering import remembering
 RECIPES: dict[str, dict[str, Any]] = {  # how students learn, where the command line does not say otherwise; all methods alike
     "fashion": {"distil_steps": 400, "learning_rate": 1e-4, "feature_weight": 0.0, "guide_budget": "50%"},
     "emoji": {"distil_steps": 2000, "learning_rate": 1e-3, "feature_weight": 0.3, "guide_budget": None},
-    "digits": {"distil_steps": 800, "learning_rate": 2e-4, "feature_weight": 0.0, "guide_budget": None},
+    "digits": {"distil_steps": 800, "learning_rate": 2e-4, "feature_weight": 0.0, "guide_budget": "ld-pruner, ratio at 50%"},
 }
 NAMES = tuple(RECIPES)
 STAGES = ("pruned", "repaired", "distilled")
 SETTINGS = (
     *("samples", "few_samples", "steps", "score_samples", "score_steps", "threads"),
-    *("distil_steps", "distil_batch", "learning_rate", "warmup_steps", "task_weight", "output_weight", "feature_weight", "ema_decay"),
+    *(
+        "distil_steps",
+        "distil_batch",
+        "learning_rate",
+        "warmup_steps",
+        "task_weight",
+        "output_weight",
+        "feature_weight",
+        "ema_decay",
+    ),
     *("guide_budget", "autoguidance_scale"),
 )
 
@@ -176,10 +185,11 @@ class Bench:
 
     @functools.cached_property
     def guide(self) -> Pipeline | None:
-        """A worse model than the original, one for all students: the first method's plan at a harder budget, repaired."""
+        """A worse model than the original, one for all students: a plan at a harder budget, the first method's if none is named."""
         if self.options.guide_budget is None:
             return None
-        made, _ = self.pruned(next(iter(WAYS)), self.options.guide_budget, 0)
+        method, _, budget = self.options.guide_budget.rpartition(" at ")
+        made, _ = self.pruned(method or next(iter(WAYS)), budget, 0)
         return self.asked_often(made.denoiser)
 
     def asked_often(self, denoiser: nn.Module) -> Pipeline:
@@ -326,7 +336,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--task-weight", type=float, default=0.0)
     parser.add_argument("--output-weight", type=float, default=1.0)
     parser.add_argument("--feature-weight", type=float)
-    parser.add_argument("--guide-budget", help="latency of the worse model that students answer away from")
+    parser.add_argument("--guide-budget", help="latency of the worse model that students answer away from, or `METHOD at LATENCY`")
     parser.add_argument("--autoguidance-scale", type=float, default=1.4, help="how far away")
     parser.add_argument("--ema-decay", type=float, default=0.99)
     parser.add_argument("--batch-size", type=int, default=50)
