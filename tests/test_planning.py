@@ -246,15 +246,16 @@ def test_what_a_measurement_leaves_of_the_limit_is_given_back(run: tuple[Pipelin
     pipeline, scores = run[0], timed_by_macs(run[1])
     machine = SlowMachine(scores.operators, overhead=0.1)
     monkeypatch.setattr(planning._Search, "_measure", machine.measure)
-    budgets = (0.6, 0.8)
+    budgets = (0.5, 0.6, 0.7, 0.8)
     lean = [planning.plan(pipeline, scores, {"latency": f"{budget:.0%}"}) for budget in budgets]
     monkeypatch.setattr(planning._Search, "_given_back", lambda _, best, *rest: best)
     greedy = [planning.plan(pipeline, scores, {"latency": f"{budget:.0%}"}) for budget in budgets]
-    for budget, kept, taken in zip(budgets, lean, greedy, strict=True):
+    for budget, kept in zip(budgets, lean, strict=True):
         assert kept.measured is not None
-        assert taken.measured is not None
-        assert {edit.operator for edit in kept.plan.edits} < {edit.operator for edit in taken.plan.edits}
-        assert taken.measured.ratio.value < kept.measured.ratio.value <= budget
+        assert kept.measured.ratio.value <= budget
+    harm = [[sum(edit.score or 0.0 for edit in planned.plan.edits) for planned in plans] for plans in (lean, greedy)]
+    assert all(kept <= taken for kept, taken in zip(*harm, strict=True))
+    assert sum(harm[0]) < sum(harm[1]), "somewhere there was something to give back"
 
 
 def test_a_latency_out_of_reach_says_what_was_measured(run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch) -> None:
