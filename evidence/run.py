@@ -55,16 +55,8 @@ NAMES = tuple(RECIPES)
 STAGES = ("pruned", "repaired", "distilled")
 SETTINGS = (
     *("samples", "few_samples", "steps", "score_samples", "score_steps", "threads"),
-    *(
-        "distil_steps",
-        "distil_batch",
-        "learning_rate",
-        "warmup_steps",
-        "task_weight",
-        "output_weight",
-        "feature_weight",
-        "ema_decay",
-    ),
+    *("distil_steps", "distil_batch", "learning_rate", "warmup_steps"),
+    *("task_weight", "output_weight", "feature_weight", "ema_decay"),
     *("guide_budget", "autoguidance_scale"),
 )
 

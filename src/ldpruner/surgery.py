@@ -41,8 +41,7 @@ def prune(denoiser: nn.Module, plan: Plan, *, fitted: Fitted | None = None) -> n
     """A smaller copy of `denoiser`; the original stays as it was, and only what is kept is copied.
 
     `fitted` holds the weights of pointwise stand-ins, see `fitting.fit_pointwise`, and what `recovery.repair` found: what is not
-    given of that changes nothing. Raises `PlanError` where the plan is for another model or needs weights that
-    are not given.
+    given of that changes nothing. Raises `PlanError` where the plan is for another model or needs weights that are not given.
     """
     plan.check_model(architecture(denoiser), type(denoiser).__name__)
     with trial(denoiser, plan.edits, fitted=fitted):

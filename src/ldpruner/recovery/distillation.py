@@ -78,9 +78,7 @@ def distil(
     pupil, master = as_pipeline(student), as_pipeline(teacher)
     worse = as_pipeline(guide) if guide is not None else None
     if worse is not None and not (settings.output_weight or settings.guidance_weight):
-        raise RunError(
-            "a guide moves what output and guidance loss compare with, and both have weight 0. Give one of them a weight."
-        )
+        raise RunError("a guide moves what output and guidance loss compare with: both have weight 0. Give one of them a weight.")
     checkpoints = Checkpoints(work=work)
     start = checkpoints.chosen(settings.resume_from_checkpoint)
     with started(settings, pupil, work) as accelerator:
