@@ -17,6 +17,7 @@ class Way:
 
 
 WAYS = {
+    "ld-pruner, sweep": Way(scorer="paper", selection="sweep"),  # our default
     "ld-pruner": Way(scorer="paper"),  # the paper's: lowest score first
     "ld-pruner, ratio": Way(scorer="paper", selection="ratio"),
     "ld-pruner, spread": Way(scorer="paper", priors=Priors(apart=1)),

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from distilling import CHOSEN, FEW, SHORT, pruned
-from ldpruner import cli, fitting
+from ldpruner import cli, fitting, planning
 from ldpruner.evaluation.base import Stream
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
@@ -171,7 +171,7 @@ def audio() -> Pipeline:
     return Pipeline(tiny_audio(), source="tiny-audio")
 
 
-USUAL = fitting.TRAJECTORIES, activations.CALLS, activations.STEPS
+USUAL = fitting.TRAJECTORIES, activations.CALLS, activations.STEPS, planning.RANKED_ON
 
 
 @pytest.fixture(autouse=True)
@@ -180,6 +180,7 @@ def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "TRAJECTORIES", (2, 3))
     monkeypatch.setattr(activations, "CALLS", 4)
     monkeypatch.setattr(activations, "STEPS", (2, 3))
+    monkeypatch.setattr(planning, "RANKED_ON", 2)
 
 
 @pytest.fixture
@@ -188,6 +189,7 @@ def usual_calls(few_calls: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fitting, "TRAJECTORIES", USUAL[0])
     monkeypatch.setattr(activations, "CALLS", USUAL[1])
     monkeypatch.setattr(activations, "STEPS", USUAL[2])
+    monkeypatch.setattr(planning, "RANKED_ON", USUAL[3])
 
 
 @pytest.fixture(autouse=True)

@@ -13,13 +13,18 @@ import torch
 from conftest import PROBE
 from ldpruner import Plan, benchmarking, planning, prune, score
 from ldpruner.benchmarking import Comparison
+from ldpruner.errors import UnknownNameError
 from ldpruner.operators.tracing import count_macs
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Budget, Candidate, Cost, Operator, Operators, Score
+from ldpruner.plans import Budget, Candidate, Cost, Operator, Operators, Repairing, Score
 from ldpruner.record import Measurement
+from ldpruner.recovery import closed_form
+from ldpruner.recovery.activations import fitting_calls
 from ldpruner.scoring import Run
-from ldpruner.selection import RANKINGS, choose, predict, reachable
+from ldpruner.scoring.latent import latent_shift
+from ldpruner.selection import RANKINGS, choose, predict, rankings_of, reachable
 from ldpruner.surgery import prune as cut
+from ldpruner.surgery import pruned_view
 
 ZERO = {"returns": [], "many": False}
 
@@ -68,6 +73,15 @@ def test_ratio_takes_the_lowest_score_per_saving() -> None:
     cheap = scored(("a", "identity", 1.0), ("b", "identity", 2.0), ("c", "identity", 3.0))
     assert chosen(choose(PLAIN, cheap, {"latency": 0.75}, selection="ratio")) == ["b"]
     assert chosen(choose(PLAIN, cheap, {"latency": 0.65}, selection="order")) == ["a", "b"]
+
+
+def test_a_power_of_the_score_lies_between_ratio_and_order() -> None:
+    some = scored(("a", "identity", 1.0), ("b", "identity", 2.9), ("c", "identity", 1.9))
+    taken = [chosen(choose(PLAIN, some, {"latency": 0.75}, selection=name)) for name in ("ratio", "power-2", "order")]
+    assert taken == [["b"], ["a", "c"], ["a", "c"]], "0.095, 0.097, 0.1 a unit saved; squared 0.18, 0.28, 0.1"
+    assert rankings_of("sweep") == tuple(RANKINGS)
+    with pytest.raises(UnknownNameError, match="selection 'sweap' is unknown: did you mean sweep"):
+        rankings_of("sweap")
 
 
 def test_what_the_last_option_made_needless_is_given_back() -> None:
@@ -169,6 +183,30 @@ def test_a_counted_budget_holds_exactly_on_the_pruned_model(
         assert left[quantity] <= plan.predicted[quantity] + 1e-9, "what dies jointly can only save more"
 
 
+@pytest.mark.parametrize("repair", ["none", "closed-form"])
+def test_a_sweep_takes_the_plan_that_shifts_least_and_of_those_alike_the_shortest(
+    run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch, repair: Repairing
+) -> None:
+    pipeline, scores = run
+    budget = {"params": "60%"}
+    plans = [planning.plan(pipeline, scores, budget, selection=name, repair=repair).plan for name in RANKINGS]
+    calls = fitting_calls(pipeline, scores.probe, count=planning.RANKED_ON)
+    shifts = []
+    for plan in plans:
+        fitted = scores.fitted
+        if repair == "closed-form":
+            fitted = closed_form.repair(pipeline, plan.edits, scores.probe, fitted=fitted, calls=calls)
+        reference = pipeline.latents(scores.probe)
+        with pipeline.with_denoiser(pruned_view(pipeline.denoiser, plan.edits, fitted)):
+            shifts.append(latent_shift(reference, pipeline.latents(scores.probe)))
+    assert max(shifts) > 1.05 * min(shifts), "else this test could not fail"
+    taken = planning.plan(pipeline, scores, budget, selection="sweep", repair=repair).plan
+    assert shifts[[plan.edits for plan in plans].index(taken.edits)] <= 1.05 * min(shifts)
+    monkeypatch.setattr(planning, "ALIKE", 1e9)
+    shortest = planning.plan(pipeline, scores, budget, selection="sweep", repair=repair).plan
+    assert len(shortest.edits) == min(len(plan.edits) for plan in plans)
+
+
 def test_a_budget_out_of_reach_says_what_can_be_reached(run: tuple[Pipeline, Run]) -> None:
     pipeline, scores = run
     with pytest.raises(ValueError, match=r"params 1% cannot be met: all \d+ removable operators together reach params \d+\.\d%"):
@@ -219,7 +257,7 @@ def test_a_reading_just_above_the_limit_removes_a_little_more_and_not_everything
         return Comparison(first=slow, second=slow, ratio=slow)
 
     monkeypatch.setattr(planning._Search, "_measure", staticmethod(measure))
-    planned = planning.plan(pipeline, scores, {"latency": f"{limit * 100}%"})
+    planned = planning.plan(pipeline, scores, {"latency": f"{limit * 100}%"}, selection="order")
     assert planned.measured is not None
     assert shares[place + 1] - 1e-6 < planned.measured.ratio.value < limit
     assert machine.asked <= 10

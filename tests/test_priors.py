@@ -96,6 +96,6 @@ def test_stages_and_blocks_come_from_the_denoiser_and_the_plan_names_its_priors(
     assert operators["mid_block"].stage == "mid_block"
     assert operators["down_blocks.1.resnets.0.conv1"].block == "down_blocks.1.resnets.0"
     run = score(ldm, PROBE, method="magnitude", operators=operators, replacements=["identity", "shortcut"])
-    plan = planning.plan(ldm, run, {"params": "90%"}, priors=Priors(apart=1)).plan
+    plan = planning.plan(ldm, run, {"params": "90%"}, selection="order", priors=Priors(apart=1)).plan
     assert plan.selection == "magnitude/order/apart=1"
     assert Operators.from_json(operators.to_json()) == operators

@@ -199,6 +199,31 @@ def test_stand_ins_are_fitted_in_the_order_in_which_they_run(ldm: Pipeline) -> N
     assert in_calling_order(ldm.denoiser, list(reversed(WANTED)), ldm.call(PROBE)) == list(WANTED)
 
 
+@torch.no_grad()
+def test_a_replay_reaches_what_the_whole_model_would_and_runs_it_seldom(ldm: Pipeline) -> None:
+    calls = [ldm.call(PROBE), ldm.call(replace(PROBE, seed=7))]
+    maps = [name for name, module in ldm.denoiser.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    names, replay, runs = in_calling_order(ldm.denoiser, maps, calls[0]), activations.Replay(ldm.denoiser, calls), []
+    whole = [[reach(ldm.denoiser, name, call) for call in calls] for name in names]
+    handle = ldm.denoiser.register_forward_pre_hook(lambda *_: runs.append(1))
+    for name, wanted in zip(names, whole, strict=True):
+        for (args, _, output), (other, _, expected) in zip(replay.reach(name), wanted, strict=True):
+            assert torch.equal(args[0], other[0])
+            assert torch.equal(output, expected)
+    handle.remove()
+    top = {name.split(".")[0] for name in names}
+    assert len(runs) < len(calls) * (3 * len(top)) < len(calls) * len(names), "not once a map"
+
+
+@torch.no_grad()
+def test_a_replay_without_room_runs_the_whole_model(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(activations, "KEPT_BYTES", 1)
+    call, name = ldm.call(PROBE), "down_blocks.1.resnets.0.conv1"
+    replay = activations.Replay(ldm.denoiser, [call])
+    assert torch.equal(next(replay.reach(name))[2], reach(ldm.denoiser, name, call)[2])
+    assert list(replay._given) == [""]
+
+
 def test_a_corrected_shortcut_does_not_touch_the_child_that_it_shares(ldm: Pipeline, edits: tuple[Edit, ...]) -> None:
     call, name = ldm.call(PROBE), "down_blocks.1.resnets.0"
     fitted = fit_pointwise(ldm, pointwise_wanted(edits), PROBE)
@@ -270,7 +295,7 @@ def test_a_corrected_model_loads_in_plain_diffusers_of_a_new_process(ldm: Pipeli
 
 def test_the_command_line_prunes_with_priors_and_repair(command: Command, ldm_folder: Path, tmp_path: Path) -> None:
     few = ["--samples", "2", "--steps", "2", "--method", "magnitude", "--budget", "macs=90%"]
-    asked = ["--repair", "closed_form", "--apart", "1", "--out", tmp_path / "out"]
+    asked = ["--repair", "closed_form", "--selection", "order", "--apart", "1", "--out", tmp_path / "out"]
     code, out, err = command("prune", ldm_folder, *few, *asked)
     assert code == 0, err
     assert "before repair)" in out

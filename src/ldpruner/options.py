@@ -65,7 +65,11 @@ replacing = click.option("--replacements", help="Only these, with commas: identi
 choosing = stacked(
     click.option("--budget", "budgets", multiple=True, help="latency=65%, macs=2e9, params=70%; several all hold."),
     click.option(
-        "--selection", default="order", show_default=True, help="What goes first: order (lowest score), ratio (score per saving)."
+        "--selection",
+        default="sweep",
+        show_default=True,
+        help="What goes first: order (lowest score), ratio (score per saving), power-P (score to the power P per saving), or "
+        "sweep: a plan by each of these, of which the one that shifts latents least is taken.",
     ),
     click.option("--protect-ends", default=0, show_default=True, help="Blocks at each end of every stage that stay whole."),
     click.option("--stage-cap", default=1.0, show_default=True, help="The most that may go of a stage, as a share of its cost."),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from ldpruner.benchmarking import Comparison, compare_calls
 from ldpruner.errors import BudgetError, RunError
@@ -13,9 +13,12 @@ from ldpruner.operators.discovery import find_dead
 from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Budget, Plan, Quantity, Repairing, corrected, parse_budgets
+from ldpruner.recovery.activations import fitting_calls
+from ldpruner.recovery.closed_form import repair as fit_together
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring import Run
-from ldpruner.selection import Choice, Priors, choose, reachable
+from ldpruner.scoring.latent import latent_shift
+from ldpruner.selection import SWEEP, Choice, Priors, choose, rankings_of, reachable
 from ldpruner.selection.choice import FREE
 from ldpruner.surgery import pruned_view
 
@@ -23,6 +26,8 @@ log = logging.getLogger(__name__)
 
 Targets = dict[Quantity, float]
 CLOSE = 0.985  # a measured latency above this share of its limit is near enough: readings spread by about as much
+ALIKE = 1.05  # joint latent shifts of a few samples that differ by less are not told apart
+RANKED_ON = 12  # calls on which plans are repaired to be compared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +43,19 @@ def plan(
     run: Run,
     budget: Mapping[str, str | float],
     *,
-    selection: str = "order",
+    selection: str = SWEEP,
     replacements: Sequence[str] | None = None,
     priors: Priors = FREE,
     repair: Repairing = "none",
     rounds: int = 31,
+    batch_size: int | None = None,
 ) -> Planned:
     """Choose edits from the scores of `run` so that every budget holds.
+
+    `selection` names a ranking, or `sweep`: a plan by every ranking, of which the one with the least joint latent shift (after
+    repair, where that is wanted) is taken, and of those that shift alike the one with the fewest edits, which leaves the least
+    to recover. Scores are taken one operator at a time and do not tell which plan is best together; a generation by each does,
+    and costs next to nothing.
 
     MACs and parameters are counted. Latency is predicted from the operators' times, then measured on the pruned denoiser
     (`rounds` pairs of calls), and the prediction's target moved until the measured value holds with as little removed as
@@ -67,7 +78,43 @@ def plan(
         repair=repair,
         rounds=rounds,
     )
-    return search.measured(targets) if "latency" in targets else search.counted(targets)
+    searches = [replace(search, selection=name) for name in rankings_of(selection)]
+    if len(searches) == 1:
+        return search.planned(targets)
+    return _least_shifting(_held(searches, targets), pipeline, run, batch_size)
+
+
+def _held(searches: Sequence[_Search], targets: Targets) -> list[Planned]:
+    """The plans of those searches that can meet the targets. Raises `BudgetError` where none can."""
+    found, missed = [], list[BudgetError]()
+    for search in searches:
+        try:
+            found.append(search.planned(targets))
+        except BudgetError as error:
+            missed.append(error)
+    if not found:
+        raise missed[0]
+    return found
+
+
+def _least_shifting(plans: Sequence[Planned], pipeline: Pipeline, run: Run, batch_size: int | None) -> Planned:
+    """The plan whose edits, all together, move the latents least; of those that do alike, the shortest."""
+    distinct = [planned for place, planned in enumerate(plans) if all(planned.plan.edits != p.plan.edits for p in plans[:place])]
+    if len(distinct) == 1:
+        return distinct[0]
+    reference = pipeline.latents(run.probe, batch_size=batch_size)
+    repaired = distinct[0].plan.repair == "closed-form"
+    calls = fitting_calls(pipeline, run.probe, batch_size=batch_size, count=RANKED_ON) if repaired else []
+    shifts = []
+    for planned in distinct:
+        edits, fitted = planned.plan.edits, run.fitted
+        if repaired:
+            fitted = fit_together(pipeline, edits, run.probe, fitted=fitted, calls=calls)
+        with pipeline.with_denoiser(pruned_view(pipeline.denoiser, edits, fitted)):
+            shifts.append(latent_shift(reference, pipeline.latents(run.probe, batch_size=batch_size)))
+        log.info("%s: %d edits, joint latent shift %.4g", planned.plan.selection, len(edits), shifts[-1])
+    alike = [place for place, shift in enumerate(shifts) if shift <= ALIKE * min(shifts)]
+    return distinct[min(alike, key=lambda place: (len(distinct[place].plan.edits), shifts[place]))]
 
 
 def _ratio(planned: Planned) -> float:
@@ -89,6 +136,10 @@ class _Search:
     priors: Priors
     repair: Repairing
     rounds: int
+    seen: list[Planned] = field(default_factory=list)  # measured before, by searches that share the list too
+
+    def planned(self, targets: Targets) -> Planned:
+        return self.measured(targets) if "latency" in targets else self.counted(targets)
 
     def counted(self, targets: Targets) -> Planned:
         choice = self._choose(targets)
@@ -107,11 +158,10 @@ class _Search:
         aims = [1.0, *reachable(self.run.operators, self.run.scores, "latency", selection=self.selection, priors=self.priors)]
         too_slow, fast_enough, step = -1, len(aims), 1
         best: Planned | None = None
-        seen: list[Planned] = []
-        place = _first(aims, limit)
-        while fast_enough - too_slow > 1 and (best is None or len(seen) < attempts):
-            choice = self._choose({**targets, "latency": aims[place]})
-            tried = self._try(choice, call, limit, seen)
+        place, tries = _first(aims, limit), 0
+        while fast_enough - too_slow > 1 and (best is None or tries < attempts):
+            choice, tries = self._choose({**targets, "latency": aims[place]}), tries + 1
+            tried = self._try(choice, call, limit)
             reached = _ratio(tried)
             log.info("choice %d of %d: predicted %.3f, measured %.3f", place + 1, len(aims), choice.predicted["latency"], reached)
             if reached <= limit and self._counts_hold(choice, targets):
@@ -127,9 +177,9 @@ class _Search:
         if best is None:
             return self._everything(targets, call)
         above = aims[fast_enough - 1] if fast_enough else 1.0
-        return self._given_back(best, targets, (aims[fast_enough], above), call, seen)
+        return self._given_back(best, targets, (aims[fast_enough], above), call)
 
-    def _given_back(self, best: Planned, targets: Targets, span: tuple[float, float], call: Call, seen: list[Planned]) -> Planned:
+    def _given_back(self, best: Planned, targets: Targets, span: tuple[float, float], call: Call) -> Planned:
         """A plan with less removed that is still fast enough, where the choice just above it is too slow for `best` to grow.
 
         `span` holds the predicted shares of the two choices. What is left of the limit is offered whole, then half of it.
@@ -140,26 +190,26 @@ class _Search:
             if _ratio(best) > CLOSE * targets["latency"] or offered <= taken:
                 break
             choice = self._choose({**targets, "latency": taken + share * (offered - taken)})
-            tried = self._try(choice, call, targets["latency"], seen)
+            tried = self._try(choice, call, targets["latency"])
             log.info("given back: predicted %.3f, measured %.3f", choice.predicted["latency"], _ratio(tried))
             if _ratio(tried) <= targets["latency"] and self._counts_hold(choice, targets):
                 return tried
         return best
 
-    def _try(self, choice: Choice, call: Call, limit: float, seen: list[Planned]) -> Planned:
+    def _try(self, choice: Choice, call: Call, limit: float) -> Planned:
         """The plan of a choice with its measurement; one that was measured before keeps what was measured then.
 
         A reading below the limit is taken again and the second one counts: the first was picked for being low.
         """
         made = self._plan(choice, call)
-        for planned in seen:
+        for planned in self.seen:
             if planned.plan.edits == made.edits:
-                return planned
+                return replace(planned, plan=made)
         comparison = self._measure(made, call)
         if comparison.ratio.value <= limit:
             comparison = self._measure(made, call)
-        seen.append(Planned(plan=made, measured=comparison))
-        return seen[-1]
+        self.seen.append(Planned(plan=made, measured=comparison))
+        return self.seen[-1]
 
     def _everything(self, targets: Targets, call: Call) -> Planned:
         """All that can go, where the last choice was still too slow. Raises `BudgetError` where a second reading agrees."""

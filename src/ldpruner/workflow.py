@@ -27,7 +27,7 @@ from ldpruner.recovery.closed_form import repair as fit_together
 from ldpruner.scoring import score
 from ldpruner.scoring.engine import Progress
 from ldpruner.scoring.latent import latent_shift
-from ldpruner.selection import RANKINGS, Priors
+from ldpruner.selection import SWEEP, Priors, rankings_of
 from ldpruner.selection.choice import FREE
 
 log = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ def prune(
     probe: Probe | None = None,
     run: str | os.PathLike[str] | None = None,
     method: str = "paper",
-    selection: str = "order",
+    selection: str = SWEEP,
     replacements: Sequence[str] | None = None,
     priors: Priors = FREE,
     repair: Repairing = "none",
@@ -112,7 +112,7 @@ def prune(
         return apply(pipeline, plan if isinstance(plan, Plan) else Plan.load(Path(plan)), batch_size=batch_size)
     assert budget is not None
     parse_budgets(budget)  # what is misspelt raises now, not after hours of scoring
-    RANKINGS[selection]
+    rankings_of(selection)
     scored = score(
         pipeline,
         probe or Probe(),
@@ -122,7 +122,16 @@ def prune(
         batch_size=batch_size,
         progress=progress,
     )
-    planned = make_plan(pipeline, scored, budget, selection=selection, replacements=replacements, priors=priors, repair=repair)
+    planned = make_plan(
+        pipeline,
+        scored,
+        budget,
+        selection=selection,
+        replacements=replacements,
+        priors=priors,
+        repair=repair,
+        batch_size=batch_size,
+    )
     return _measured(pipeline, planned.plan, scored.fitted, planned.measured, batch_size)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -74,11 +74,23 @@ class Call:
 
     def to(self, device: str) -> Call:
         """The same call with every tensor on `device`; on "meta" only shapes are left."""
-        args, kwargs = tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
+        return self._with(lambda tensor: tensor.to(device))
+
+    def copied(self) -> Call:
+        """The same call with copies of its tensors."""
+        return self._with(Tensor.clone)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> Call:
+        args, kwargs = tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
         return Call(args, kwargs)
 
     def run(self, denoiser: nn.Module) -> Any:
         return denoiser(*self.args, **self.kwargs)
+
+    @property
+    def nbytes(self) -> int:
+        """What its tensors take."""
+        return sum(leaf.nbytes for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor))
 
     @property
     def batch(self) -> int:

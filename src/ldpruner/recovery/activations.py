@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ldpruner.operators.tracing import Call
 from ldpruner.pipelines import Pipeline
@@ -28,16 +29,16 @@ class _ReachedError(Exception):
     """Ends a denoiser call once the module that was waited for has run."""
 
 
-def fitting_calls(pipeline: Pipeline, probe: Probe, *, batch_size: int | None = None) -> list[Call]:
-    """`CALLS` calls of `SAMPLES` samples, no sample in two of them; more calls of fewer samples for a smaller `batch_size`.
+def fitting_calls(pipeline: Pipeline, probe: Probe, *, batch_size: int | None = None, count: int | None = None) -> list[Call]:
+    """`count` or `CALLS` calls of `SAMPLES` samples, no sample in two of them; more of fewer samples for a smaller `batch_size`.
 
     Neighbouring steps of one generation say nearly the same. On as many calls of a quarter of the samples, twelve of each, a
     convolution of a thousand weights an output learnt these generations by heart: its error fell to a tenth there, and not at
-    all on others. Costs about `CALLS x SAMPLES x 6` denoiser passes: a generation ends with the call that is wanted of it.
+    all on others. Costs about six denoiser passes a sample: a generation ends with the call that is wanted of it.
     """
     probe, size = pipeline.completed(probe), min(batch_size or SAMPLES, SAMPLES)
     calls = []
-    for number in range(math.ceil(CALLS * SAMPLES / size)):
+    for number in range(math.ceil((count or CALLS) * SAMPLES / size)):
         steps = STEPS[number % len(STEPS)]
         turned = number * size % max(1, len(probe.prompts))
         other = replace(
@@ -71,22 +72,84 @@ def outputs(model: nn.Module, names: Sequence[str], calls: Sequence[Call]) -> di
     return made
 
 
-def reach(model: nn.Module, name: str, call: Call) -> tuple[tuple[Any, ...], dict[str, Any], Tensor]:
+Reached = tuple[tuple[Any, ...], dict[str, Any], Tensor]
+
+
+class Replay:
+    """Calls of a model that is changed front to back, made again from where what is settled ends.
+
+    The first module asked for in a block is reached through the whole model; what the block is given on the way is kept, so
+    that the next one is reached through the block alone, and so on inwards. Modules are to be asked for in calling order, and
+    changed only once they have been.
+    """
+
+    def __init__(self, model: nn.Module, calls: Sequence[Call]) -> None:
+        self.model = model
+        self._given: dict[str, Sequence[Call]] = {"": calls}  # to the blocks around the last module asked for
+        self._once = set(in_calling_order(model, [name for name, _ in model.named_modules() if name], calls[0]))
+
+    def reach(self, name: str) -> Iterator[Reached]:
+        """What a module is given in every call, and what it makes of it."""
+        around = self._around(name)
+        block = self.model.get_submodule(around)
+        return (reach(block, _inside(name, around), call) for call in self._given[around])
+
+    def _around(self, name: str) -> str:
+        """The innermost block around a module whose arguments are kept, after keeping those that can be."""
+        self._given = {path: calls for path, calls in self._given.items() if not path or name.startswith(f"{path}.")}
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            path, known = ".".join(parts[:length]), max(self._given, key=len)
+            if path in self._once and path not in self._given and len(path) > len(known):
+                self._keep(path, known)
+        return max(self._given, key=len)
+
+    def _keep(self, path: str, around: str) -> None:
+        block, kept = self.model.get_submodule(around), list[Call]()
+        for call in self._given[around]:
+            kept.append(_entered(block, _inside(path, around), call))
+            if len(self._given[around]) * kept[0].nbytes > KEPT_BYTES:
+                return
+        self._given[path] = kept
+
+
+def _inside(name: str, block: str) -> str:
+    return name.removeprefix(f"{block}.") if block else name
+
+
+def _entered(model: nn.Module, name: str, call: Call) -> Call:
+    """The call of one module in a call of the model."""
+    seen: list[Call] = []
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append(Call(args, kwargs))
+        raise _ReachedError
+
+    _run_until(model, model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True), call)
+    return seen[0]
+
+
+def reach(model: nn.Module, name: str, call: Call) -> Reached:
     """What one module is given in a call, and what it makes of it; the call ends there."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+    seen: list[Reached] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         seen.append((args, kwargs, output))
         raise _ReachedError
 
-    handle = model.get_submodule(name).register_forward_hook(hook, with_kwargs=True)
+    _run_until(model, model.get_submodule(name).register_forward_hook(hook, with_kwargs=True), call)
+    return seen[0]
+
+
+def _run_until(model: nn.Module, handle: RemovableHandle, call: Call) -> None:
+    """Run until a hook ends the call; on copies, for blocks may write over what they are given."""
     try:
-        call.run(model)
+        call.copied().run(model)
     except _ReachedError:
-        return seen[0]
+        return
     finally:
         handle.remove()
-    raise AssertionError(f"{name} was traced and yet did not run")
+    raise AssertionError("a module was traced and yet did not run")
 
 
 @torch.no_grad()

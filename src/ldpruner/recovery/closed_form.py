@@ -25,7 +25,7 @@ from ldpruner.operators.tracing import Call
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, within
 from ldpruner.probes import Probe
-from ldpruner.recovery.activations import fitting_calls, in_calling_order, outputs, reach
+from ldpruner.recovery.activations import Replay, fitting_calls, in_calling_order, outputs
 from ldpruner.surgery import Fitted, correction_of, kept_of, place, pruned_view, set_fitted, with_weights
 
 log = logging.getLogger(__name__)
@@ -45,19 +45,20 @@ def repair(
     fitted: Fitted,
     ridge: float = 3e-3,
     batch_size: int | None = None,
+    calls: Sequence[Call] | None = None,
 ) -> Weights:
     """What the pruned model is to hold, see `surgery.Fitted`, fitted front to back; `fitted` is where pointwise maps start.
 
     `pipeline` is the original. All maps are drawn towards what they were, corrections towards none, by `ridge` times the mean
-    second moment of what they are given. The activations are those of teacher-forced calls, `activations.fitting_calls`: the
-    original's, put to both models. Costs about half a pass over these calls for each map that is fitted, and a pass of the
-    original for every gigabyte of its outputs.
+    second moment of what they are given. The activations are those of teacher-forced `calls`, by default those of
+    `activations.fitting_calls`: the original's, put to both models. Costs a few passes over these calls, see
+    `activations.Replay`, and a pass of the original for every gigabyte of its outputs.
     """
     teacher = pipeline.denoiser
-    calls = fitting_calls(pipeline, probe, batch_size=batch_size)
+    calls = calls or fitting_calls(pipeline, probe, batch_size=batch_size)
     student = pruned_view(teacher, edits, fitted)
     weights = {name: pair for name, pair in fitted.items() if name in pointwise_wanted(edits)}
-    names = fitted_in_order(student, edits, calls[0])
+    names, replay = fitted_in_order(student, edits, calls[0]), Replay(student, calls)
     wanted: dict[str, list[Tensor]] = {}
     for number, name in enumerate(names):
         if name not in wanted:
@@ -67,12 +68,12 @@ def repair(
         if made[0].ndim < 3 and (isinstance(module, Pointwise) or not isinstance(module, StandIn)):
             continue  # one row a sample, such as an embedding of the timestep: as many that differ as there are timesteps, too few
         if not isinstance(module, StandIn):
-            if not torch.equal(reach(student, name, calls[0])[2], made[0]):  # else nothing before it has changed
-                weights[kept_of(name)] = _fit_map(student, name, module, calls, made, ridge=ridge)
+            if not torch.equal(next(replay.reach(name))[2], made[0]):  # else nothing before it has changed
+                weights[kept_of(name)] = _fit_map(replay, name, module, made, ridge=ridge)
                 place(student, name, with_weights(module, *weights[kept_of(name)]))
             continue
         key = name if isinstance(module, Pointwise) else correction_of(name)
-        weights[key] = _fit_stand_in(student, name, module, calls, made, ridge=ridge, start=fitted.get(name))
+        weights[key] = _fit_stand_in(replay, name, module, made, ridge=ridge, start=fitted.get(name))
         set_fitted(module, *weights[key])
     log.info("fitted %d maps front to back on %d calls of %d samples", len(weights), len(calls), calls[0].batch)
     return weights
@@ -111,46 +112,39 @@ def _can_be_fitted(stand_in: nn.Module) -> bool:
 
 
 def _fit_stand_in(
-    student: nn.Module,
-    name: str,
-    stand_in: StandIn,
-    calls: Sequence[Call],
-    wanted: Sequence[Tensor],
-    *,
-    ridge: float,
-    start: Pair | None,
+    replay: Replay, name: str, stand_in: StandIn, wanted: Sequence[Tensor], *, ridge: float, start: Pair | None
 ) -> Pair:
     """The pair of one stand-in, from what it is given in the student and what its operator made in the teacher."""
     if isinstance(stand_in, Shortcut):
         child, scale = stand_in.options["child"], stand_in.options["scale"]
         module = stand_in.get_submodule(child)
-        return _fit_map(student, f"{name}.{child}", module, calls, [made / scale for made in wanted], ridge=ridge)
+        return _fit_map(replay, f"{name}.{child}", module, [made / scale for made in wanted], ridge=ridge)
     if isinstance(stand_in, Pointwise):
         assert start is not None
         moments = Moments.empty(stand_in.options["channels"])
-        for call, made in zip(calls, wanted, strict=True):
-            args, kwargs, _ = reach(student, name, call)
+        for (args, kwargs, _), made in zip(replay.reach(name), wanted, strict=True):
             given = resample(stand_in.pick(stand_in.options["source"], args, kwargs), stand_in.options["grid"])
             moments.add(rows(given), rows(made))
         return moments.solve(ridge, start[0])
+    return _fit_channels(replay, name, wanted, ridge=ridge)
+
+
+def _fit_channels(replay: Replay, name: str, wanted: Sequence[Tensor], *, ridge: float) -> Pair:
+    """The scale and shift of every channel of what a module makes."""
     sums = ChannelSums()
-    for call, made in zip(calls, wanted, strict=True):
-        sums.add(rows(reach(student, name, call)[2]), rows(made))
+    for (_, _, output), made in zip(replay.reach(name), wanted, strict=True):
+        sums.add(rows(output), rows(made))
     return sums.solve(ridge)
 
 
-def _fit_map(student: nn.Module, name: str, module: Any, calls: Sequence[Call], wanted: Sequence[Tensor], *, ridge: float) -> Pair:
+def _fit_map(replay: Replay, name: str, module: Any, wanted: Sequence[Tensor], *, ridge: float) -> Pair:
     """The weight and bias of a map that stays, on some of the positions; a scale and shift of its outputs where they are few."""
-    inputs, positions = module.weight[0].numel(), len(rows(wanted[0])) * len(calls)
+    inputs, positions = module.weight[0].numel(), len(rows(wanted[0])) * len(wanted)
     if inputs > min(positions, INPUTS):
-        sums = ChannelSums()
-        for call, made in zip(calls, wanted, strict=True):
-            sums.add(rows(reach(student, name, call)[2]), rows(made))
-        scale, shift = (values.to(module.weight.device) for values in sums.solve(ridge))
+        scale, shift = (values.to(module.weight.device) for values in _fit_channels(replay, name, wanted, ridge=ridge))
         return torch.einsum("o...,o->o...", module.weight.float(), scale), module.bias.float() * scale + shift
     draw, moments = torch.Generator().manual_seed(0), Moments.empty([inputs, len(module.weight)])
-    for call, made in zip(calls, wanted, strict=True):
-        args, kwargs, _ = reach(student, name, call)
+    for (args, kwargs, _), made in zip(replay.reach(name), wanted, strict=True):
         given, answers = _patches(module, args[0] if args else kwargs["input"]), rows(made)
         if positions > ROWS:
             some = torch.rand(len(answers), generator=draw).lt(ROWS / positions).to(answers.device)

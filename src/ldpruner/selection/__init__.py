@@ -2,6 +2,6 @@
 
 from ldpruner.selection.choice import Choice, choose, predict, reachable, share
 from ldpruner.selection.priors import Priors
-from ldpruner.selection.rankings import RANKINGS, Option
+from ldpruner.selection.rankings import RANKINGS, SWEEP, Option, rankings_of
 
-__all__ = ["RANKINGS", "Choice", "Option", "Priors", "choose", "predict", "reachable", "share"]
+__all__ = ["RANKINGS", "SWEEP", "Choice", "Option", "Priors", "choose", "predict", "rankings_of", "reachable", "share"]
