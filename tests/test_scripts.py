@@ -75,6 +75,7 @@ def evidence(script: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_p
         "--data": tmp_path / "data",
         "--work": tmp_path / "work",
         "--results": tmp_path / "results",
+        "--guides": tmp_path / "guides",
     }
     pairs = FEW | places | {"--page": tmp_path / "evidence.md", "--budgets": "95%", "--seeds": 0, "--threads": 1}
 
@@ -102,8 +103,11 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
     shifts = [line["figures"]["6"]["latent-shift"]["value"] for line in (original, distilled, tuned, fresh)]
     assert shifts[0] == 0, "the original is its own reference"
     assert 0 < shifts[2] < shifts[3]
+    guide = tmp_path / "guides" / "fashion.json"
+    made = guide.read_bytes()
     second = evidence("--methods", "magnitude", "ends-and-spread")
     assert second[:6] == first
+    assert guide.read_bytes() == made, "one guide for all"
     added = [(line["stage"], line["method"]) for line in second[6:]]
     assert added == [(stage, "ends-and-spread") for stage in ("pruned", "repaired", "distilled")]
     page = (tmp_path / "evidence.md").read_text(encoding="utf-8")
