@@ -33,7 +33,7 @@ from torch import nn
 import ldpruner
 from ldpruner.environment import environment
 from ldpruner.evaluation import evaluate
-from ldpruner.files import append_json_line, read_json_lines
+from ldpruner.files import append_json_line, read_json_lines, write_json
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
 from ldpruner.recovery import FIRST_SEED, Distillation, distil
@@ -135,25 +135,33 @@ class Bench:
         return self.taught(student, "random-weights", 0, {**facts, "network": f"{method}, {budget}"})
 
     def pruned(self, method: str, budget: str, seed: int) -> tuple[Pruned, Facts]:
-        """The method's plan at a measured latency, repaired; a plan that an earlier run left there is kept."""
-        way, file, began = WAYS[method], self.work / self.place(method, budget, seed) / "plan.json", time.monotonic()
-        if file.exists():
-            made = apply(self.original, ldpruner.Plan.load(file))
-        else:
-            made = prune(
-                self.original,
-                {"latency": budget},
-                probe=Probe(samples=self.options.score_samples, num_inference_steps=self.options.score_steps, seed=1_000 * seed),
-                run=self.run_folder(method, seed),
-                method=way.scorer,
-                selection=way.selection,
-                priors=way.priors,
-                repair="closed-form",
-            )
-            made.plan.save(file)
-        latency = asdict(made.latency.ratio)
-        operators = {edit.operator: edit.replacement for edit in made.plan.edits}
-        return made, {**made.summary(), "latency": latency, "operators": operators, "seconds_pruning": time.monotonic() - began}
+        """The method's plan at a measured latency, repaired, and what was measured; both are kept for when a run goes on."""
+        way, folder = WAYS[method], self.work / self.place(method, budget, seed)
+        plan, kept = folder / "plan.json", folder / "facts.json"
+        if plan.exists() and kept.exists():
+            facts: Facts = json.loads(kept.read_text(encoding="utf-8"))
+            return apply(self.original, ldpruner.Plan.load(plan)), facts
+        began = time.monotonic()
+        made = prune(
+            self.original,
+            {"latency": budget},
+            probe=Probe(samples=self.options.score_samples, num_inference_steps=self.options.score_steps, seed=1_000 * seed),
+            run=self.run_folder(method, seed),
+            method=way.scorer,
+            selection=way.selection,
+            priors=way.priors,
+            repair="closed-form",
+        )
+        facts = {
+            **made.summary(),
+            "selection": made.plan.selection,
+            "latency": asdict(made.latency.ratio),
+            "operators": {edit.operator: edit.replacement for edit in made.plan.edits},
+            "seconds_pruning": time.monotonic() - began,
+        }
+        made.plan.save(plan)
+        write_json(kept, facts)
+        return made, facts
 
     def taught(self, student: Pipeline, place: str, seed: int, facts: Facts) -> tuple[Pipeline, Facts]:
         """A student at the end of its distillation; of the first seed's, what its average was like on the way too."""
