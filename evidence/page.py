@@ -149,7 +149,9 @@ def _shown(lines: Sequence[Line]) -> str:
 def _how(settings: dict[str, Any], lines: Sequence[Line]) -> str:
     said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
     spent = sum(line.get("seconds_distilling", 0.0) + line["seconds_measuring"] for line in lines)
-    remarks = "".join(f" {line['remark']}." for line in lines if "remark" in line)
+    remarks = "".join(
+        f" {remark[0].upper()}{remark[1:]}." for remark in dict.fromkeys(line["remark"] for line in lines if "remark" in line)
+    )
     where = environment_line(lines[-1]["environment"])
     return f"Settings: {said}. {where}. Distilling and measuring took {spent / 3600:.1f} h.{remarks}\n"
 
