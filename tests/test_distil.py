@@ -22,7 +22,6 @@ from diffusers import (
 )
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.utils._pytree import tree_flatten
 
 from conftest import PROBE, ldm_operators, tiny_ldm, tiny_stable_diffusion
 from distilling import FEW, SHORT, captioned_folder, changed_weights, equal, log_of, pruned
@@ -34,12 +33,10 @@ from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
 from ldpruner.recovery import Distilled, distil
 from ldpruner.recovery import rows as kept
-from ldpruner.recovery.batches import Batches
 from ldpruner.recovery.conditioning import Caller
 from ldpruner.recovery.latents import encode
 from ldpruner.recovery.losses import feature_error, guided
 from ldpruner.recovery.noising import Noising
-from ldpruner.recovery.rows import Rows
 from ldpruner.recovery.taps import find_taps
 from ldpruner.sound import write_wav
 
@@ -290,41 +287,6 @@ def test_prompts_become_what_the_pipeline_makes_of_them(text_to_image: Pipeline)
     with torch.no_grad():
         answer = caller.call(noisy, at, made).run(text_to_image.denoiser)[0]
         torch.testing.assert_close(answer, text_to_image.denoiser(noisy, at, wanted).sample)
-
-
-def test_a_prompt_that_another_is_mixed_into_lies_between_both(text_to_image: Pipeline) -> None:
-    caller = Caller.of(text_to_image)
-    known = caller.conditioning(text_to_image, ["", "a b", "c"])
-    (name, embedded), prompt_of = next(iter(known.items())), [1, 2]
-    mixing = Batches(
-        latents=Rows(parts=[{"latents": torch.zeros(2, 4, 8, 8)}], size=2, count=2),
-        prompt_of=prompt_of,
-        conditions=Rows(parts=[known], size=3, count=3),
-        caller=caller,
-        noising=Noising.of(text_to_image),
-        seed=0,
-        dropout=0.0,
-        mixing=1.0,
-        batch_size=8,
-        accumulation=1,
-        with_unconditional=True,
-        device=torch.device("cpu"),
-    )
-    draws = [mixing._draw(0, sample) for sample in range(8)]
-    assert {(draw.row, draw.other) for draw in draws} >= {(0, 1), (1, 0)}
-    wanted = [torch.lerp(embedded[prompt_of[draw.row]], embedded[prompt_of[draw.other]], draw.share) for draw in draws]
-    (batch,) = mixing.of_step(0, 0)
-    given = tree_flatten((batch.call.args, batch.call.kwargs))[0][int(name)]
-    torch.testing.assert_close(given[:8], torch.stack(wanted))
-    torch.testing.assert_close(given[8:], embedded[:1].expand(8, *embedded.shape[1:]))
-    (empty,) = replace(mixing, dropout=1.0).of_step(0, 0)
-    torch.testing.assert_close(tree_flatten((empty.call.args, empty.call.kwargs))[0][int(name)][:8], given[8:])
-    for draw, plain in zip(draws, (replace(mixing, mixing=0.0)._draw(0, sample) for sample in range(8)), strict=True):
-        assert (plain.row, plain.at, plain.dropped, plain.share) == (draw.row, draw.at, draw.dropped, 0.0), (
-            "the rest is drawn alike"
-        )
-    with pytest.raises(RunError, match="latents have no answer to a mixed prompt"):
-        replace(SHORT, task_weight=1.0, prompt_mixing=0.5)
 
 
 def test_dropped_prompts_and_guided_predictions(text_to_image: Pipeline, text_student: Pipeline, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ from ldpruner.surgery import prune
 
 def test_a_draw_depends_on_seed_step_and_sample_alone() -> None:
     def draw(seed: int, step: int, sample: int) -> Draw:
-        return Draw.of(seed, step, sample, rows=1000, times=1000, dropout=0.5, mixing=0.5, shape=(2, 3))
+        return Draw.of(seed, step, sample, rows=1000, times=1000, dropout=0.5, shape=(2, 3))
 
     reference = draw(1, 2, 3)
     assert torch.equal(draw(1, 2, 3).noise, reference.noise)

@@ -57,7 +57,6 @@ lessons = stacked(
     click.option("--guide", metavar="MODEL", help="A worse model, such as the teacher pruned further: answer away from it."),
     _number("autoguidance_scale", "How far away; 1: as the teacher answers."),
     _number("prompt_dropout", "The share of prompts that are left empty."),
-    _number("prompt_mixing", "The share of prompts that another is mixed into, for the teacher to answer."),
     _number("lora_rank", "Learn additions of this rank, which are merged at the end, instead of all weights.", 1),
     click.option("--freeze", multiple=True, metavar="PATH", help="Keep this part of the denoiser as it is; several may be given."),
     click.option("--freeze-before-first-edit", is_flag=True, help="Keep all that runs before the first removed operator."),

@@ -34,13 +34,9 @@ class Draw:
     at: int  # training timestep
     dropped: bool
     noise: Tensor
-    other: int  # the row whose prompt is mixed in,
-    share: float  # and how much of it; 0: none
 
     @classmethod
-    def of(
-        cls, seed: int, step: int, sample: int, *, rows: int, times: int, dropout: float, mixing: float, shape: tuple[int, ...]
-    ) -> Draw:
+    def of(cls, seed: int, step: int, sample: int, *, rows: int, times: int, dropout: float, shape: tuple[int, ...]) -> Draw:
         """The draw of sample number `sample` of step `step`, the same whenever and wherever it is made.
 
         Philox (Salmon et al., SC 2011) is a function of a key and a counter: every sample has its own stretch of counters.
@@ -51,8 +47,6 @@ class Draw:
             at=int(random.integers(times)),
             dropped=bool(random.random() < dropout),
             noise=torch.from_numpy(random.standard_normal(shape, dtype=np.float32)),
-            other=int(random.integers(rows)),
-            share=float(random.random()) if random.random() < mixing else 0.0,
         )
 
 
@@ -67,7 +61,6 @@ class Batches:
     noising: Noising
     seed: int
     dropout: float
-    mixing: float  # the share of prompts that another is mixed into
     batch_size: int
     accumulation: int
     with_unconditional: bool
@@ -91,7 +84,6 @@ class Batches:
             rows=len(self.latents),
             times=len(self.noising),
             dropout=self.dropout,
-            mixing=self.mixing,
             shape=self.latents.shapes["latents"],
         )
 
@@ -99,31 +91,12 @@ class Batches:
         clean = self.latents.take([draw.row for draw in draws])["latents"].to(self.device)
         noise = torch.stack([draw.noise for draw in draws]).to(self.device)
         at = torch.tensor([draw.at for draw in draws], device=self.device)
-        noisy, timesteps, conditions = self.noising.noisy(clean, noise, at), self.noising.timesteps[at], self._conditions(draws)
+        prompts = [0 if draw.dropped else self.prompt_of[draw.row] for draw in draws] if self.prompt_of else []
+        noisy, timesteps = self.noising.noisy(clean, noise, at), self.noising.timesteps[at]
         if self.with_unconditional:
-            noisy, timesteps = torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps])
-            empty = self._taken([0] * len(draws))
-            conditions = {name: torch.cat([tensor, empty[name]]) for name, tensor in conditions.items()}
-        call = self.caller.call(noisy, timesteps, conditions)
+            noisy, timesteps, prompts = torch.cat([noisy, noisy]), torch.cat([timesteps, timesteps]), prompts + [0] * len(draws)
+        call = self.caller.call(noisy, timesteps, self._conditions(prompts))
         return Batch(call=call, target=self.noising.target(clean, noise, at))
 
-    def _conditions(self, draws: Sequence[Draw]) -> Named:
-        """What the prompts decide; of a prompt that another is mixed into, (1 - share) of its own and share of the other's."""
-        if not self.prompt_of:
-            return {}
-        conditions = self._taken([0 if draw.dropped else self.prompt_of[draw.row] for draw in draws])
-        shares = torch.tensor([0.0 if draw.dropped else draw.share for draw in draws], device=self.device)
-        if not shares.any():
-            return conditions
-        others = self._taken([self.prompt_of[draw.other] for draw in draws])
-        return {name: _mixed(tensor, others[name], shares) for name, tensor in conditions.items()}
-
-    def _taken(self, prompts: Sequence[int]) -> Named:
-        return {name: tensor.to(self.device) for name, tensor in self.conditions.take(prompts).items()}
-
-
-def _mixed(own: Tensor, other: Tensor, shares: Tensor) -> Tensor:
-    """Between two prompts' tensors `(n, ...)`, sample by sample; whole numbers, such as masks, stay the first's."""
-    if not own.is_floating_point():
-        return own
-    return torch.lerp(own, other, shares.to(own.dtype).view(-1, *(1,) * (own.ndim - 1)))
+    def _conditions(self, prompts: Sequence[int]) -> Named:
+        return {name: tensor.to(self.device) for name, tensor in self.conditions.take(prompts).items()} if prompts else {}

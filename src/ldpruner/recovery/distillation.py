@@ -156,7 +156,6 @@ def _batches(teacher: Pipeline, examples: Examples, settings: Distillation, make
         noising=Noising.of(teacher).to(device),
         seed=settings.seed,
         dropout=settings.prompt_dropout,
-        mixing=settings.prompt_mixing,
         batch_size=settings.train_batch_size,
         accumulation=settings.gradient_accumulation_steps,
         with_unconditional=bool(settings.guidance_weight),

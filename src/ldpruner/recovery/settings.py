@@ -30,9 +30,7 @@ class Distillation:
 
     The weights 1, 1, 1 of task, output and feature loss, and the learning rate, are BK-SDM's (arXiv 2305.15798). Dividing
     a feature's error by the teacher's feature is LAPTOP-Diff's (arXiv 2404.11098): without it, the deepest blocks, whose
-    numbers are largest, drown the rest. Both papers keep the rate constant; we let it fall, which suits short runs. Mixing prompts
-    is mixup for matching a function: the teacher answers what lies between two prompts too, and a student that only ever meets
-    a few thousand of them learns these by heart (Beyer et al., arXiv 2106.05237, on images).
+    numbers are largest, drown the rest. Both papers keep the rate constant; we let it fall, which suits short runs.
     """
 
     max_train_steps: int = 5000
@@ -51,7 +49,6 @@ class Distillation:
     guidance_scale: float | None = None  # of the guidance loss; None: the pipeline's usual
     autoguidance_scale: float = 1.5  # of a guide, see `distil`; 1: as if there were none
     prompt_dropout: float = 0.1  # the share of prompts replaced by "", for classifier-free guidance
-    prompt_mixing: float = 0.0  # the share of prompts that another is mixed into: more to match the teacher on than data holds
     use_ema: bool = False  # the moving average of the weights is the result
     ema_decay: float = 0.9999  # its limit; it begins at (1 + step) / (10 + step)
     lora_rank: int | None = None  # None: the weights themselves learn
@@ -77,11 +74,9 @@ class Distillation:
                      "autoguidance_scale"):  # fmt: skip
             if not 0 <= getattr(self, name) < float("inf"):
                 raise RunError(f"{name}={getattr(self, name)}: a number from 0 up is needed.")
-        for name in ("prompt_dropout", "prompt_mixing", "ema_decay"):
+        for name in ("prompt_dropout", "ema_decay"):
             if not 0 <= getattr(self, name) <= 1:
                 raise RunError(f"{name}={getattr(self, name)}: a share from 0 to 1 is needed.")
-        if self.prompt_mixing and self.task_weight:
-            raise RunError("prompt_mixing: latents have no answer to a mixed prompt, so there is no task loss. Set task_weight=0.")
         if not any((self.task_weight, self.output_weight, self.feature_weight, self.guidance_weight)):
             raise RunError("every loss has weight 0: nothing would be learnt. Give one of them a weight.")
         for name, known in (("lr_scheduler", SCHEDULES), ("mixed_precision", PRECISIONS), ("feature_scale", ("teacher", "none"))):
