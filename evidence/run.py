@@ -49,7 +49,7 @@ from remembering import remembering
 
 RECIPES: dict[str, dict[str, Any]] = {  # how students learn, where the command line does not say otherwise; all methods alike
     "fashion": {"distil_steps": 400, "learning_rate": 1e-4, "guide_budget": "ld-pruner, ratio at 40%"},
-    "emoji": {"distil_steps": 2000, "learning_rate": 1e-3, "guide_budget": None},
+    "emoji": {"distil_steps": 2000, "learning_rate": 5e-4, "guide_budget": None},
     "digits": {"distil_steps": 800, "learning_rate": 2e-4, "guide_budget": "ld-pruner, ratio at 40%"},
 }
 NAMES = tuple(RECIPES)
