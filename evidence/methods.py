@@ -17,8 +17,8 @@ class Way:
 
 
 WAYS = {
-    "ld-pruner": Way(scorer="paper"),  # the paper's: lowest score first
     "ld-pruner, sweep": Way(scorer="paper", selection="sweep"),  # our default
+    "ld-pruner": Way(scorer="paper"),  # the paper's: lowest score first
     "ld-pruner, ratio": Way(scorer="paper", selection="ratio"),
     "ld-pruner, spread": Way(scorer="paper", priors=Priors(apart=1)),
     "ld-pruner, ends kept": Way(scorer="paper", priors=Priors(protect_ends=1)),

@@ -148,7 +148,8 @@ def _shown(lines: Sequence[Line]) -> str:
 
 def _how(settings: dict[str, Any], lines: Sequence[Line]) -> str:
     said = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items())
-    spent = sum(line.get("seconds_distilling", 0.0) + line["seconds_measuring"] for line in lines)
+    learning = (line["distillation"]["seconds"] if "distillation" in line else 0.0 for line in lines)  # resumed runs have it whole
+    spent = sum(learning) + sum(line["seconds_measuring"] for line in lines)
     remarks = "".join(
         f" {remark[0].upper()}{remark[1:]}." for remark in dict.fromkeys(line["remark"] for line in lines if "remark" in line)
     )
