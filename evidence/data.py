@@ -37,6 +37,11 @@ def _training_data(name: str, pipeline: Pipeline, source: Path) -> tuple[Tensor,
     return spectrograms(recordings, pipeline.pipe.mel)[recordings.takes >= HELD_OUT_TAKES], []
 
 
+def unseen_captions(name: str, data: Path) -> tuple[str, ...]:
+    """The captions of `zoo:NAME`'s data that no training picture has; none where it has no captions."""
+    return tuple(load_captioned(data / WHERE[name]).of("test").captions) if name == "emoji" else ()
+
+
 def distance_to(file: Path, model: Pipeline, probe: Probe, *, batch_size: int, cache: Path) -> float:
     """The Fréchet distance of a model's latents to those in `file`; its samples are those that `evaluate` keeps in `cache`."""
     real = load_file(file)["latents"]

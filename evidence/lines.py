@@ -9,6 +9,8 @@ from typing import Any
 from methods import WAYS
 
 Line = dict[str, Any]
+UNSEEN = "unseen-"  # before the name of a metric: of captions that no training picture has
+OF_CAPTIONS = ("retrieval-5", "class-accuracy")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lines import Group, Line, course, grouped, label
+from lines import OF_CAPTIONS, UNSEEN, Group, Line, course, grouped, label
 from plots import courses, quality_by_latency
 
 from ldpruner.evaluation import METRICS
@@ -20,11 +20,11 @@ from ldpruner.files import read_json_lines, write_text
 from ldpruner.reporting import environment_line, percent
 
 TO_DATA = "latent-frechet-to-data"
-SECOND = ("retrieval-5", "class-accuracy", "class-balance", "precision", "recall", TO_DATA)  # beside the Fréchet distance
-TITLES = {TO_DATA: "Latent Fréchet distance to the data ↓"} | {
-    name: f"{metric.title} {'↓' if metric.better == 'lower' else '↑'}"
-    for name, metric in ((name, METRICS[name]) for name in METRICS)
-}
+UNSEEN_CAPTIONS = tuple(UNSEEN + name for name in OF_CAPTIONS)
+SECOND = (*OF_CAPTIONS, *UNSEEN_CAPTIONS, "class-balance", "precision", "recall", TO_DATA)  # beside the Fréchet distance
+TITLES = {name: f"{METRICS[name].title} {'↓' if METRICS[name].better == 'lower' else '↑'}" for name in METRICS}
+TITLES |= {UNSEEN + name: f"{TITLES[name]}, unseen captions" for name in OF_CAPTIONS}
+TITLES[TO_DATA] = "Latent Fréchet distance to the data ↓"
 HEAD = """# Evidence: every method side by side
 
 Made by `python evidence/run.py --data DIR`, which adds a line to `evidence/results/` with every result, and by

@@ -41,16 +41,17 @@ from ldpruner.surgery import pruned_view
 from ldpruner.workflow import Pruned, apply, prune
 
 sys.path.insert(0, str(Path(__file__).parent))
-from data import distance_to, training_latents
+from data import distance_to, training_latents, unseen_captions
+from lines import OF_CAPTIONS, UNSEEN
 from methods import WAYS
 from page import write_page
 from pictures import show
 from remembering import remembering
 
 RECIPES: dict[str, dict[str, Any]] = {  # how students learn, where the command line does not say otherwise; all methods alike
-    "fashion": {"distil_steps": 400, "learning_rate": 1e-4, "guide_budget": "ld-pruner, ratio at 40%"},
-    "emoji": {"distil_steps": 2000, "learning_rate": 5e-4, "guide_budget": None},
-    "digits": {"distil_steps": 800, "learning_rate": 2e-4, "guide_budget": "ld-pruner, ratio at 40%"},
+    "fashion": {"distil_steps": 400, "learning_rate": 1e-4, "task_weight": 0.0, "guide_budget": "ld-pruner, ratio at 40%"},
+    "emoji": {"distil_steps": 2000, "learning_rate": 5e-4, "task_weight": 1.0, "guide_budget": None},
+    "digits": {"distil_steps": 800, "learning_rate": 2e-4, "task_weight": 0.0, "guide_budget": "ld-pruner, ratio at 40%"},
 }
 NAMES = tuple(RECIPES)
 STAGES = ("pruned", "repaired", "distilled")
@@ -87,7 +88,9 @@ class Bench:
         self.results.parent.mkdir(parents=True, exist_ok=True)
         self.original = ldpruner.load(options.model or f"zoo:{name}")
         self.data: Path | None = None
+        self.unseen: tuple[str, ...] = ()
         if options.data and options.distil_steps:
+            self.unseen = unseen_captions(name, options.data)
             self.data = training_latents(name, self.original, options.data, self.work / "data.safetensors")
         self.settings = {setting: getattr(options, setting) for setting in SETTINGS}
         self.settings["data"] = "training latents" if self.data else f"{options.distil_latents} generations of the original"
@@ -240,6 +243,8 @@ class Bench:
         began = time.monotonic()
         counts = [self.options.few_samples] if few else [self.options.samples, self.options.few_samples]
         figures = {str(count): self.figures(model, count) for count in counts}
+        if not few:
+            figures[str(self.options.samples)] |= self.of_unseen_captions(model)
         shown = None if few else show(model, self.options.page.parent / "evidence", self.picture(key))
         line = {
             "identity": self.identity(key),
@@ -264,6 +269,15 @@ class Bench:
             distance = distance_to(self.data, model, found.probe, batch_size=self.options.batch_size, cache=cache)
             figures["latent-frechet-to-data"] = {"value": distance, "error": None}
         return figures
+
+    def of_unseen_captions(self, model: Pipeline) -> dict[str, dict[str, float | None]]:
+        """How well captions are met that no training picture has; the usual prompts are mostly those of training pictures."""
+        if not self.unseen:
+            return {}
+        probe = Probe(samples=len(self.unseen), num_inference_steps=self.options.steps, seed=20_000, prompts=self.unseen)
+        found = evaluate(model, self.original, probe=probe, batch_size=self.options.batch_size, cache=self.work / "cache")
+        by_name = {figure.metric: figure for figure in found.figures[0]}
+        return {UNSEEN + name: {"value": by_name[name].value, "error": by_name[name].error} for name in OF_CAPTIONS}
 
     def picture(self, key: Key) -> str:
         """A name that lines of other settings do not share."""
@@ -339,7 +353,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--distil-latents", type=int, default=1000, help="generations of the teacher, where no data is given")
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--warmup-steps", type=int, default=50)
-    parser.add_argument("--task-weight", type=float, default=0.0)
+    parser.add_argument("--task-weight", type=float)
     parser.add_argument("--output-weight", type=float, default=1.0)
     parser.add_argument("--feature-weight", type=float, default=0.0)
     parser.add_argument("--guide-budget", help="latency of the worse model that students answer away from, or `METHOD at LATENCY`")
