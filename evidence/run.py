@@ -48,10 +48,15 @@ from page import write_page
 from pictures import show
 from remembering import remembering
 
+GUIDE = "ld-pruner, ratio at 40%"
+LEARNT_BY = ("distil_steps", "learning_rate", "task_weight", "guide_budget", "autoguidance_scale")
 RECIPES: dict[str, dict[str, Any]] = {  # how students learn, where the command line does not say otherwise; all methods alike
-    "fashion": {"distil_steps": 400, "learning_rate": 1e-4, "task_weight": 0.0, "guide_budget": "ld-pruner, ratio at 40%"},
-    "emoji": {"distil_steps": 2000, "learning_rate": 5e-4, "task_weight": 1.0, "guide_budget": None},
-    "digits": {"distil_steps": 800, "learning_rate": 2e-4, "task_weight": 0.0, "guide_budget": "ld-pruner, ratio at 40%"},
+    name: dict(zip(LEARNT_BY, recipe, strict=True))
+    for name, recipe in {
+        "fashion": (400, 1e-4, 0.0, GUIDE, 1.4),
+        "emoji": (2000, 5e-4, 1.0, None, 1.4),
+        "digits": (1600, 5e-4, 0.0, GUIDE, 1.8),
+    }.items()
 }
 NAMES = tuple(RECIPES)
 STAGES = ("pruned", "repaired", "distilled")
@@ -357,7 +362,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output-weight", type=float, default=1.0)
     parser.add_argument("--feature-weight", type=float, default=0.0)
     parser.add_argument("--guide-budget", help="latency of the worse model that students answer away from, or `METHOD at LATENCY`")
-    parser.add_argument("--autoguidance-scale", type=float, default=1.4, help="how far away")
+    parser.add_argument("--autoguidance-scale", type=float, help="how far away")
     parser.add_argument("--ema-decay", type=float, default=0.99)
     parser.add_argument("--batch-size", type=int, default=50)
     parser.add_argument("--threads", type=int, default=1)
