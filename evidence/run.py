@@ -49,13 +49,13 @@ from pictures import show
 from remembering import remembering
 
 GUIDE = "ld-pruner, ratio at 40%"
-LEARNT_BY = ("distil_steps", "learning_rate", "task_weight", "guide_budget", "autoguidance_scale")
+LEARNT_BY = ("distil_steps", "milestones", "learning_rate", "task_weight", "guide_budget", "autoguidance_scale")
 RECIPES: dict[str, dict[str, Any]] = {  # how students learn, where the command line does not say otherwise; all methods alike
     name: dict(zip(LEARNT_BY, recipe, strict=True))
     for name, recipe in {
-        "fashion": (400, 1e-4, 0.0, GUIDE, 1.4),
-        "emoji": (2000, 5e-4, 1.0, None, 1.4),
-        "digits": (1600, 5e-4, 0.0, GUIDE, 1.8),
+        "fashion": (400, [100, 200], 1e-4, 0.0, GUIDE, 1.4),
+        "emoji": (2000, [500, 1000], 5e-4, 1.0, None, 1.4),
+        "digits": (1600, [400, 800], 5e-4, 0.0, GUIDE, 1.8),
     }.items()
 }
 NAMES = tuple(RECIPES)
@@ -351,9 +351,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--score-samples", type=int, default=16)
     parser.add_argument("--score-steps", type=int, default=6)
     parser.add_argument("--distil-steps", type=int, help="0: none; this and what has no default: see RECIPES")
-    parser.add_argument(
-        "--milestones", nargs="*", type=int, default=[100, 200], help="multiples of the first, after which seed 0 is measured"
-    )
+    parser.add_argument("--milestones", nargs="*", type=int, help="multiples of the first, after which seed 0 is measured")
     parser.add_argument("--distil-batch", type=int, default=32)
     parser.add_argument("--distil-latents", type=int, default=1000, help="generations of the teacher, where no data is given")
     parser.add_argument("--learning-rate", type=float)
