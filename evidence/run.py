@@ -282,7 +282,9 @@ class Bench:
         probe = Probe(samples=len(self.unseen), num_inference_steps=self.options.steps, seed=20_000, prompts=self.unseen)
         found = evaluate(model, self.original, probe=probe, batch_size=self.options.batch_size, cache=self.work / "cache")
         by_name = {figure.metric: figure for figure in found.figures[0]}
-        return {UNSEEN + name: {"value": by_name[name].value, "error": by_name[name].error} for name in OF_CAPTIONS}
+        return {
+            UNSEEN + name: {"value": by_name[name].value, "error": by_name[name].error} for name in OF_CAPTIONS if name in by_name
+        }
 
     def picture(self, key: Key) -> str:
         """A name that lines of other settings do not share."""

@@ -120,6 +120,28 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
 
 
 @pytest.mark.slow
+def test_captions_that_no_picture_of_the_training_data_has_are_asked_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(ROOT / "evidence")
+    made = runpy.run_path(str(ROOT / "evidence" / "run.py"))
+    (tmp_path / "emoji64.zip").mkdir()
+    entries = []
+    for number in range(10):
+        Image.new("RGB", (64, 64), (25 * number, 0, 0)).save(tmp_path / "emoji64.zip" / f"{number}.png")
+        entry = {"file_name": f"{number}.png", "text": f"red {number}", "style": "google"}
+        entries.append(entry | {"split": "train" if number < 2 else "test"})
+    (tmp_path / "emoji64.zip" / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
+    places = ["--data", tmp_path, "--work", tmp_path / "work", "--results", tmp_path / "results", "--page", tmp_path / "page.md"]
+    words = map(str, [*places, "--samples", 4, "--few-samples", 4, "--steps", 1])
+    bench = made["Bench"]("emoji", made["arguments"](["emoji", *words]))
+    assert bench.unseen == tuple(f"red {number}, google style" for number in range(2, 10))
+    bench.one({"stage": "original"}, lambda: (bench.original, {}))
+    (line,) = read_json_lines(tmp_path / "results" / "emoji.jsonl")
+    shares = {name: figure["value"] for name, figure in line["figures"]["4"].items() if name.startswith("unseen-")}
+    assert set(shares) == {"unseen-retrieval-5", "unseen-class-accuracy"}
+    assert all(share * 8 == round(share * 8) for share in shares.values()), "shares of these eight, not of the four samples"
+
+
+@pytest.mark.slow
 def test_the_demo_and_the_benchmarks_run_reduced(script: Callable[..., None], ldm_folder: Path, tmp_path: Path) -> None:
     demo = [ROOT / "examples" / "demo.py", "--out", tmp_path / "demo", "--samples", "2", "--steps", "1", "--latency", "95%"]
     cost = [ROOT / "benchmarks" / "scoring_cost.py", "--samples", "2", "--steps", "1", "--every", "20"]
