@@ -34,7 +34,7 @@ Latency is that of one denoiser call, measured in turn with the original's, repa
 shown, and after ± half of what lies between the lowest and the highest. `fine-tuned` is the control: the original taught as the
 students are. Where these only imitate it (task weight 0, no guide) it has nothing to learn, and there is no such line. How students
 learn was found by trying on those of `ld-pruner, sweep`, seed 0, and is the same for all. Most prompts of zoo:emoji are captions of
-training pictures; what is said of `unseen captions` is measured on as many more samples as there are captions that no such picture has.
+training pictures; what is said of `unseen captions` is measured on more samples, one for each caption that no such picture has.
 """
 
 
