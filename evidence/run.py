@@ -250,7 +250,7 @@ class Bench:
         figures = {str(count): self.figures(model, count) for count in counts}
         if not few:
             figures[str(self.options.samples)] |= self.of_unseen_captions(model)
-        shown = None if few else show(model, self.options.page.parent / "evidence", self.picture(key))
+        shown = None if few or key.get("seed") else show(model, self.options.page.parent / "evidence", self.picture(key))
         line = {
             "identity": self.identity(key),
             "pipeline": self.name,
