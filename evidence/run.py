@@ -32,7 +32,7 @@ from torch import nn
 
 import ldpruner
 from ldpruner.environment import environment
-from ldpruner.evaluation import evaluate
+from ldpruner.evaluation import Evaluation, evaluate
 from ldpruner.files import append_json_line, read_json_lines, write_json
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
@@ -69,6 +69,7 @@ SETTINGS = (
 
 Key = dict[str, Any]
 Facts = dict[str, Any]
+Figures = dict[str, dict[str, float | None]]  # by metric, what was found and its error
 
 
 def main() -> None:
@@ -89,6 +90,7 @@ class Bench:
         options = argparse.Namespace(**{**vars(options), **RECIPES[name], **typed})
         self.name, self.options = name, options
         self.work: Path = options.work / name
+        self.cache = self.work / "cache"
         self.results: Path = options.results / f"{name}.jsonl"
         self.results.parent.mkdir(parents=True, exist_ok=True)
         self.original = ldpruner.load(options.model or f"zoo:{name}")
@@ -264,27 +266,25 @@ class Bench:
         }
         append_json_line(self.results, line)
 
-    def figures(self, model: Pipeline, samples: int) -> dict[str, dict[str, float | None]]:
+    def figures(self, model: Pipeline, samples: int) -> Figures:
         """Every metric of some samples; the same samples serve when fewer are asked for."""
-        probe = Probe(samples=samples, num_inference_steps=self.options.steps, seed=20_000)
-        cache = self.work / "cache"
-        found = evaluate(model, self.original, probe=probe, batch_size=self.options.batch_size, cache=cache)
+        found = self.measured(model, Probe(samples=samples, num_inference_steps=self.options.steps, seed=20_000))
         figures = {figure.metric: {"value": figure.value, "error": figure.error} for figure in found.figures[0]}
         if self.data:
-            distance = distance_to(self.data, model, found.probe, batch_size=self.options.batch_size, cache=cache)
+            distance = distance_to(self.data, model, found.probe, batch_size=self.options.batch_size, cache=self.cache)
             figures["latent-frechet-to-data"] = {"value": distance, "error": None}
         return figures
 
-    def of_unseen_captions(self, model: Pipeline) -> dict[str, dict[str, float | None]]:
+    def of_unseen_captions(self, model: Pipeline) -> Figures:
         """How well captions are met that no training picture has; the usual prompts are mostly those of training pictures."""
         if not self.unseen:
             return {}
         probe = Probe(samples=len(self.unseen), num_inference_steps=self.options.steps, seed=20_000, prompts=self.unseen)
-        found = evaluate(model, self.original, probe=probe, batch_size=self.options.batch_size, cache=self.work / "cache")
-        by_name = {figure.metric: figure for figure in found.figures[0]}
-        return {
-            UNSEEN + name: {"value": by_name[name].value, "error": by_name[name].error} for name in OF_CAPTIONS if name in by_name
-        }
+        found = self.measured(model, probe).figures[0]
+        return {UNSEEN + each.metric: {"value": each.value, "error": each.error} for each in found if each.metric in OF_CAPTIONS}
+
+    def measured(self, model: Pipeline, probe: Probe) -> Evaluation:
+        return evaluate(model, self.original, probe=probe, batch_size=self.options.batch_size, cache=self.cache)
 
     def picture(self, key: Key) -> str:
         """A name that lines of other settings do not share."""

@@ -53,14 +53,14 @@ Command = Callable[..., tuple[int, str, str]]
 PROBE = Probe(samples=3, num_inference_steps=2)
 
 
-def tiny_unet(*, size: int | tuple[int, int], channels: int) -> UNet2DModel:
+def tiny_unet(*, size: int | tuple[int, int], channels: int, layers: int = 1) -> UNet2DModel:
     """A denoiser of square latents, with residual blocks, shortcuts and attention."""
     return UNet2DModel(
         sample_size=size,
         in_channels=channels,
         out_channels=channels,
         block_out_channels=(8, 16),
-        layers_per_block=1,
+        layers_per_block=layers,
         norm_num_groups=4,
         attention_head_dim=8,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"),

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, UNet2DConditionModel, UNet2DModel
+from diffusers import DiTTransformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
-from conftest import PROBE
+from conftest import PROBE, tiny_unet
 from ldpruner import discover
 from ldpruner.operators import Call, meta_copy, timing
 from ldpruner.operators.tracing import architecture, count_macs, trace, weights_digest
@@ -101,18 +101,7 @@ def test_attention_counts_although_the_cpu_counter_misses_it() -> None:
 
 
 def unet() -> tuple[nn.Module, Call]:
-    model = UNet2DModel(
-        sample_size=8,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        attention_head_dim=8,
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
-    return model, Call((torch.randn(2, 4, 8, 8), torch.tensor(7)), {})
+    return tiny_unet(size=8, channels=4), Call((torch.randn(2, 4, 8, 8), torch.tensor(7)), {})
 
 
 def conditional_unet() -> tuple[nn.Module, Call]:

@@ -9,7 +9,7 @@ import pytest
 from diffusers import UNet2DModel
 from torch import nn
 
-from conftest import PROBE
+from conftest import PROBE, tiny_unet
 from ldpruner import Edit
 from ldpruner.errors import OperatorError
 from ldpruner.pipelines import Pipeline
@@ -23,15 +23,7 @@ def scores_of(scorer: Any, pipeline: Pipeline, edits: Sequence[Edit]) -> list[fl
 
 
 def two_layer_unet() -> UNet2DModel:
-    return UNet2DModel(
-        sample_size=4,
-        block_out_channels=(8, 8),
-        layers_per_block=2,
-        norm_num_groups=4,
-        attention_head_dim=8,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-    )
+    return tiny_unet(size=4, channels=4, layers=2)
 
 
 def test_bk_sdm_goes_through_second_pairs_then_the_mid_block_then_the_innermost_stage() -> None:
