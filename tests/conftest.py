@@ -35,6 +35,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import ldpruner
 from distilling import CHOSEN, FEW, SHORT, pruned
 from ldpruner import cli, fitting, planning
 from ldpruner.evaluation.base import Stream
@@ -43,6 +44,7 @@ from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
 from ldpruner.probes import Probe
 from ldpruner.recovery import Distilled, activations, distil
+from refusing import Refused, everything_in, the_line
 
 torch.set_num_threads(1)
 diffusers_logging.set_verbosity_error()
@@ -51,6 +53,7 @@ diffusers_logging.disable_progress_bar()
 Command = Callable[..., tuple[int, str, str]]
 
 PROBE = Probe(samples=3, num_inference_steps=2)
+PROBING = ("--samples", str(PROBE.samples), "--steps", str(PROBE.num_inference_steps))
 
 
 def tiny_unet(*, size: int | tuple[int, int], channels: int, layers: int = 1) -> UNet2DModel:
@@ -266,5 +269,38 @@ def learn(ldm: Pipeline, student: Pipeline, tmp_path: Path) -> Callable[..., Dis
     def run(work: str = "work", data: Path | None = None, **changed: Any) -> Distilled:
         probe = None if data else FEW
         return distil(student, ldm, work=tmp_path / work, settings=replace(SHORT, **changed), data=data, probe=probe)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two pipelines, a finished run with a plan, a folder that holds nothing and a file that says nothing."""
+    place = tmp_path_factory.mktemp("place")
+    tiny_ldm().save_pretrained(place / "ldm")
+    tiny_stable_diffusion(place).save_pretrained(place / "sd")
+    pipeline = ldpruner.load(place / "ldm")
+    run = ldpruner.score(pipeline, PROBE, out=place / "run")
+    ldpruner.plan(pipeline, run, {"macs": "75%"}).plan.save(place / "plan.json")
+    (place / "empty").mkdir()
+    (place / "file").write_text("nothing", encoding="utf-8")
+    return place
+
+
+@pytest.fixture
+def in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+
+
+@pytest.fixture
+def refused(command: Command, place: Path) -> Refused:
+    """Run one command that has to fail, and give its message."""
+
+    def run(*arguments: Any) -> str:
+        before = everything_in(place)
+        code, out, err = command(*arguments)
+        assert everything_in(place) == before, "something was written"
+        assert (code, out) == (2, "")
+        return the_line(err)
 
     return run

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,62 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import ldpruner
-from conftest import PROBE, Command, tiny_ldm, tiny_stable_diffusion
+from conftest import PROBING, Command
 from ldpruner import pipelines
 from ldpruner.scoring.latent import PaperScorer
+from refusing import BUDGET, Refused, copied, everything_in, the_line
 
-PROBING = ("--samples", str(PROBE.samples), "--steps", str(PROBE.num_inference_steps))
-BUDGET = ("--budget", "macs=75%")
+pytestmark = pytest.mark.usefixtures("in_place")
+
 IDENTITY = {"returns": [[0, "input"]], "many": False}
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
-
-Refused = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two pipelines, a finished run with a plan, a folder that holds nothing and a file that says nothing."""
-    place = tmp_path_factory.mktemp("place")
-    tiny_ldm().save_pretrained(place / "ldm")
-    tiny_stable_diffusion(place).save_pretrained(place / "sd")
-    pipeline = ldpruner.load(place / "ldm")
-    run = ldpruner.score(pipeline, PROBE, out=place / "run")
-    ldpruner.plan(pipeline, run, {"macs": "75%"}).plan.save(place / "plan.json")
-    (place / "empty").mkdir()
-    (place / "file").write_text("nothing", encoding="utf-8")
-    return place
-
-
-@pytest.fixture(autouse=True)
-def _in_place(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(place)
-
-
-@pytest.fixture
-def refused(command: Command, place: Path) -> Refused:
-    """Run one command that has to fail, and give its message."""
-
-    def run(*arguments: Any) -> str:
-        before = everything_in(place)
-        code, out, err = command(*arguments)
-        assert everything_in(place) == before, "something was written"
-        assert (code, out) == (2, "")
-        return the_line(err)
-
-    return run
-
-
-def everything_in(folder: Path) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def the_line(err: str) -> str:
-    """The one line on stderr, without the name in front; a finished progress bar may stand before it."""
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line and not line.startswith("scoring:")]
-    assert len(lines) == 1, err
-    assert lines[0].startswith("ldpruner: ")
-    return lines[0].removeprefix("ldpruner: ")
 
 
 @pytest.mark.parametrize(
@@ -182,11 +131,6 @@ def test_a_budget_out_of_reach_says_what_can_be_reached_and_keeps_the_scores(
     assert refused("plan", "run", "--out", "out", "--budget", "params=1%") == message
     code, _, _ = command(*asked, tmp_path / "out", "--budget", f"params={float(floor) + 0.1}%")
     assert code == 0
-
-
-def copied(name: str, folder: Path) -> Path:
-    """A copy, for a test to damage."""
-    return Path(shutil.copytree(name, folder / name))
 
 
 def plan_with(folder: Path, **changes: Any) -> Path:
@@ -364,80 +308,6 @@ def test_a_damaged_run(name: str, text: str, refused: Refused, tmp_path: Path) -
 def test_a_replacement_that_no_plan_can_use(refused: Refused) -> None:
     message = "replacement 'identiy' is unknown: did you mean identity?"
     assert refused("plan", "run", *BUDGET, "--out", "out", "--replacements", "identiy") == message
-
-
-@contextmanager
-def disk_full_after(size: int) -> Iterator[None]:
-    """A file that grows beyond `size` bytes is refused by the system in the middle of a write."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_a_full_disk_leaves_neither_half_a_folder_nor_harm_to_the_one_before(
-    refused: Refused, command: Command, tmp_path: Path
-) -> None:
-    by_plan = ("prune", "ldm", "--plan", "plan.json", "--out")
-    assert command(*by_plan, tmp_path / "earlier")[0] == 0
-    before = everything_in(tmp_path)
-    for out in (tmp_path / "earlier", tmp_path / "new"):
-        with disk_full_after(20_000):
-            message = refused(*by_plan, out)
-        assert message.startswith(f"{out}: cannot be written (")
-        assert message.endswith("File too large (os error 27)). Nothing was left behind; free space or name another folder.")
-    assert everything_in(tmp_path) == before
-
-
-def test_a_disk_that_fills_while_scoring_keeps_the_scores_for_the_next_try(
-    refused: Refused, command: Command, tmp_path: Path
-) -> None:
-    run = copied("run", tmp_path)
-    lines = (run / "scores.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "scores.jsonl").write_bytes(b"".join(lines[:50]))
-    room = sum(map(len, lines[:53])) + 40
-    again = ("score", "ldm", "--out", run, *PROBING)
-    with disk_full_after(room):
-        message = refused(*again)
-    expected = "scores.jsonl: cannot be appended to (File too large). The lines before it are kept; free space and run again."
-    assert message == f"{run}/{expected}"
-    assert (run / "scores.jsonl").stat().st_size == room, "a line was cut in the middle"
-    code, _, _ = command(*again)
-    assert code == 0
-    keys = [[json.loads(line)[key] for key in ("operator", "replacement", "score")] for line in lines]
-    resumed = [json.loads(line) for line in (run / "scores.jsonl").read_bytes().splitlines()]
-    assert [[line[key] for key in ("operator", "replacement", "score")] for line in resumed] == keys
-    assert sorted(path.name for path in run.iterdir()) == ["operators.json", "pointwise.safetensors", "run.json", "scores.jsonl"]
-
-
-def test_a_disk_that_is_full_from_the_start_leaves_no_run(refused: Refused, tmp_path: Path) -> None:
-    with disk_full_after(1000):
-        message = refused("score", "ldm", "--out", tmp_path / "run", *PROBING, "--replacements", "zero")
-    assert message == f"{tmp_path / 'run' / 'operators.json'}: cannot be written (File too large)."
-    assert list((tmp_path / "run").iterdir()) == []
-
-
-def test_an_interrupted_command_says_so_and_keeps_its_scores(
-    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    scores = PaperScorer.scores
-
-    def interrupted(*arguments: Any, **options: Any) -> Iterator[Any]:
-        for count, score in enumerate(scores(*arguments, **options)):
-            if count == 2:
-                raise KeyboardInterrupt
-            yield score
-
-    run = copied("run", tmp_path)
-    (run / "scores.jsonl").unlink()
-    monkeypatch.setattr(PaperScorer, "scores", interrupted)
-    code, out, err = command("prune", "ldm", *BUDGET, "--out", tmp_path / "out", "--run", run, *PROBING)
-    assert (code, out) == (130, "")
-    assert the_line(err) == "interrupted; what was written so far is kept."
-    assert len((run / "scores.jsonl").read_bytes().splitlines()) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_in_a_process_of_its_own_nothing_else_is_printed(place: Path, tmp_path: Path) -> None:
