@@ -154,6 +154,21 @@ def test_the_calls_that_maps_are_fitted_on_share_no_sample(ldm: Pipeline, monkey
     assert len(set(first)) == len(first)
 
 
+def test_no_prompt_is_fitted_twice_while_there_are_others(text_to_image: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixteen prompts, the probe's own, were learnt by heart: predictions for all others got worse."""
+    asked: list[str] = []
+
+    def taken(_pipeline: Pipeline, probe: Probe, _number: int) -> Call:
+        asked.extend(probe.prompts[: probe.samples])
+        return text_to_image.call(PROBE)
+
+    monkeypatch.setattr(activations, "CALLS", 6)
+    monkeypatch.setattr(activations, "record_call", taken)
+    fitting_calls(text_to_image, replace(PROBE, prompts=("mine", "mine too")))
+    assert asked[:2] == ["mine", "mine too"]
+    assert len(asked) == len(set(asked)) == 6 * activations.SAMPLES
+
+
 @torch.no_grad()
 def test_the_dense_form_of_a_repaired_model_holds_all_that_was_fitted(ldm: Pipeline, edits: tuple[Edit, ...]) -> None:
     branches = tuple(edit for edit in edits if edit.replacement in ("zero", "shortcut"))

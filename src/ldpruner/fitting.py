@@ -33,7 +33,7 @@ def fit_pointwise(
     `wanted` gives operators with the options of their pointwise stand-ins. The activations are those of the original on
     `trajectories(probe)`. `ridge` is relative to the mean second moment of the inputs; the bias is not shrunk.
     """
-    probe = pipeline.completed(probe)
+    probe = pipeline.varied(probe)
     weights: Weights = {}
     for group in _groups(wanted):
         moments = {name: Moments.empty(options["channels"]) for name, options in group.items()}

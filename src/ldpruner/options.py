@@ -44,7 +44,7 @@ loading = stacked(
 prompting = stacked(
     click.option("--prompt", "prompts", multiple=True, help="A text prompt; give several, and samples take them in turn."),
     click.option(
-        "--prompts-file", type=FOLDER, help="Prompts from a file, one a line, or the texts of a metadata.jsonl; a short list ships."
+        "--prompts-file", type=FOLDER, help="Prompts from a file, one a line, or the texts of a metadata.jsonl; a list ships."
     ),
     click.option("--guidance-scale", type=float, help="The pipeline's own by default."),
 )

@@ -89,16 +89,23 @@ class Pipeline:
     def completed(self, probe: Probe) -> Probe:
         """The probe with prompts and a guidance scale, where the pipeline wants them and the probe has none.
 
-        Prompts come from `prompts.txt` in the pipeline's folder, or from a short list that ships: one for each sample, in turn.
-        The guidance scale comes from `generation.json` in the folder; without it, the pipeline's class has its own.
+        Prompts come from `prompts.txt` in the pipeline's folder, or from a list that ships: one for each sample, in turn. The
+        guidance scale comes from `generation.json` in the folder; without it, the pipeline's class has its own.
         """
         accepted, changes = self._accepted(), dict[str, Any]()
         if not probe.prompts and "prompt" in accepted:
-            file = self.own_files().get(PROMPTS, Path(__file__).with_name(PROMPTS))
-            changes["prompts"] = read_prompts(file)[: probe.samples]
+            changes["prompts"] = self._own_prompts()[: probe.samples]
         if probe.guidance_scale is None and "guidance_scale" in accepted and USUAL in self.own_files():
             changes["guidance_scale"] = read_usual(self.own_files()[USUAL])
         return replace(probe, **changes)
+
+    def varied(self, probe: Probe) -> Probe:
+        """The probe completed, with the pipeline's own prompts after its own: what is fitted to a few prompts holds for no other."""
+        probe = self.completed(probe)
+        return replace(probe, prompts=tuple(dict.fromkeys(probe.prompts + self._own_prompts()))) if probe.prompts else probe
+
+    def _own_prompts(self) -> tuple[str, ...]:
+        return read_prompts(self.own_files().get(PROMPTS, Path(__file__).with_name(PROMPTS)))
 
     def own_files(self) -> dict[str, Path]:
         """Where the pipeline's own `prompts.txt` and `generation.json` are, as far as its folder has them."""
