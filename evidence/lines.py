@@ -9,6 +9,7 @@ from typing import Any
 from methods import WAYS
 
 Line = dict[str, Any]
+Figures = dict[str, dict[str, float]]  # by metric, what was found and its error
 UNSEEN = "unseen-"  # before the name of a metric: of captions that no training picture has
 OF_CAPTIONS = ("retrieval-5", "class-accuracy")
 

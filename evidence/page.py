@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from claims import claims
 from lines import OF_CAPTIONS, UNSEEN, Group, Line, course, grouped, label
 from plots import courses, quality_by_latency
 
@@ -61,6 +62,9 @@ def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: P
     if done and original:
         quality_by_latency(done, original, many, few, folder / f"{plots}-quality-by-latency.png", title=f"zoo:{name}")
         parts.append(f"![quality against latency](evidence/{plots}-quality-by-latency.png)\n")
+    if done and original:
+        rows = claims(groups, original, _measured([original], many), many, few)
+        parts += ["### What it was to reach\n", _table([["`ld-pruner, sweep` at latency 65 %", "holds", ""], *rows])]
     for budget in sorted({group.budget for group in groups}, reverse=True):
         some = [group for group in groups if group.budget == budget]
         parts += [f"### Latency {budget}\n", _before_and_after(some, many, few), _seconds(some, many, original)]

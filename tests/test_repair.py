@@ -22,6 +22,7 @@ from ldpruner.ldpruner_v1 import STAND_INS, StandIn
 from ldpruner.operators.tracing import Call, tensors_in, weights_digest
 from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators, corrected
+from ldpruner.probes import Probe
 from ldpruner.recovery import activations, closed_form
 from ldpruner.recovery.activations import fitting_calls, in_calling_order, outputs, reach
 from ldpruner.recovery.closed_form import ChannelSums, fitted_in_order, repair

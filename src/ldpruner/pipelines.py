@@ -100,7 +100,7 @@ class Pipeline:
         return replace(probe, **changes)
 
     def varied(self, probe: Probe) -> Probe:
-        """The probe completed, with the pipeline's own prompts after its own: what is fitted to a few prompts holds for no other."""
+        """The probe completed, with the pipeline's other prompts after its own: what is fitted to a few holds for no other."""
         probe = self.completed(probe)
         return replace(probe, prompts=tuple(dict.fromkeys(probe.prompts + self._own_prompts()))) if probe.prompts else probe
 
