@@ -9,6 +9,7 @@ from ldpruner.scoring import (
     latent,
     magnitude,
     output_mse,
+    screen,
     taylor,
 )
 from ldpruner.scoring.base import SCORERS, Scorer
@@ -27,5 +28,6 @@ __all__ = [
     "magnitude",
     "output_mse",
     "score",
+    "screen",
     "taylor",
 ]

@@ -40,22 +40,27 @@ def first_order(
     """
     losses: list[float] = []
     changes: list[dict[Key, float]] = []
-    watch = _Watch({key_of(edit): 0.0 for edit in edits})
-    denoiser = pipeline.denoiser
-    asked = questions(pipeline, probe, timesteps=timesteps, batch_size=batch_size)
-    for batch in asked:
-        watch.changes = dict.fromkeys(watch.changes, 0.0)
-        with _frozen(denoiser), stand_ins_beside(denoiser, edits, watch.seen, fitted=fitted, hush=Hush()), torch.enable_grad():
+    denoiser, watch = pipeline.denoiser, Watch.of(edits)
+    for batch in questions(pipeline, probe, timesteps=timesteps, batch_size=batch_size):
+        watch.reset()
+        with watched(denoiser, edits, watch, fitted=fitted):
             losses.append(sum(_backward(question.loss(denoiser)) for question in batch))
-        changes.append(watch.changes)
+        changes.append({key: float(change.sum()) for key, change in watch.changes.items()})
     return FirstOrder(losses=tuple(losses), changes={key: tuple(step[key] for step in changes) for key in watch.changes})
 
 
 @dataclass
-class _Watch:
-    """Adds up <gradient, y' - y> while gradients come back."""
+class Watch:
+    """Adds up <gradient, y' - y>, row by row of an operator's output, while gradients come back."""
 
-    changes: dict[Key, float]
+    changes: dict[Key, Tensor]
+
+    @classmethod
+    def of(cls, edits: Sequence[Edit]) -> Watch:
+        return cls({key_of(edit): torch.zeros(1) for edit in edits})
+
+    def reset(self) -> None:
+        self.changes = dict.fromkeys(self.changes, torch.zeros(1))
 
     def seen(self, output: Any, others: Mapping[Key, Any]) -> Any:
         output = tree_map(_differentiable, output)
@@ -67,9 +72,17 @@ class _Watch:
 
     def _adding(self, key: Key, change: Tensor) -> Any:
         def hook(gradient: Tensor) -> None:
-            self.changes[key] += float((gradient.float() * change.float()).sum())
+            known, new = self.changes[key], (gradient.float() * change.float()).reshape(len(change), -1).sum(1).cpu()
+            self.changes[key] = known + new if len(known) in (1, len(new)) else known.sum() + new.sum(0, keepdim=True)
 
         return hook
+
+
+@contextmanager
+def watched(denoiser: nn.Module, edits: Sequence[Edit], watch: Watch, *, fitted: Fitted) -> Iterator[None]:
+    """What runs and goes backward in the block is seen by `watch`; no parameter gets a gradient."""
+    with _frozen(denoiser), stand_ins_beside(denoiser, edits, watch.seen, fitted=fitted, hush=Hush()), torch.enable_grad():
+        yield
 
 
 def _differentiable(leaf: Any) -> Any:
