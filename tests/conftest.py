@@ -174,7 +174,7 @@ def audio() -> Pipeline:
     return Pipeline(tiny_audio(), source="tiny-audio")
 
 
-USUAL = fitting.TRAJECTORIES, activations.CALLS, activations.STEPS, planning.RANKED_ON
+USUAL = fitting.TRAJECTORIES, activations.CALLS, activations.STEPS, planning.RANKED_ON, planning.JUDGED_ON
 
 
 @pytest.fixture(autouse=True)
@@ -184,6 +184,7 @@ def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "CALLS", 4)
     monkeypatch.setattr(activations, "STEPS", (2, 3))
     monkeypatch.setattr(planning, "RANKED_ON", 2)
+    monkeypatch.setattr(planning, "JUDGED_ON", 8)
 
 
 @pytest.fixture
@@ -193,6 +194,7 @@ def usual_calls(few_calls: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "CALLS", USUAL[1])
     monkeypatch.setattr(activations, "STEPS", USUAL[2])
     monkeypatch.setattr(planning, "RANKED_ON", USUAL[3])
+    monkeypatch.setattr(planning, "JUDGED_ON", USUAL[4])
 
 
 @pytest.fixture(autouse=True)

@@ -191,14 +191,15 @@ def test_a_sweep_takes_the_plan_that_shifts_least_and_of_those_alike_the_shortes
     budget = {"params": "60%"}
     plans = [planning.plan(pipeline, scores, budget, selection=name, repair=repair).plan for name in RANKINGS]
     calls = fitting_calls(pipeline, scores.probe, count=planning.RANKED_ON)
+    judged = replace(scores.probe, samples=planning.JUDGED_ON, seed=scores.probe.seed + planning.APART)
+    reference = pipeline.latents(judged)
     shifts = []
     for plan in plans:
         fitted = scores.fitted
         if repair == "closed-form":
             fitted = closed_form.repair(pipeline, plan.edits, scores.probe, fitted=fitted, calls=calls)
-        reference = pipeline.latents(scores.probe)
         with pipeline.with_denoiser(pruned_view(pipeline.denoiser, plan.edits, fitted)):
-            shifts.append(latent_shift(reference, pipeline.latents(scores.probe)))
+            shifts.append(latent_shift(reference, pipeline.latents(judged)))
     assert max(shifts) > 1.05 * min(shifts), "else this test could not fail"
     taken = planning.plan(pipeline, scores, budget, selection="sweep", repair=repair).plan
     assert shifts[[plan.edits for plan in plans].index(taken.edits)] <= 1.05 * min(shifts)

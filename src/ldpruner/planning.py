@@ -13,6 +13,7 @@ from ldpruner.operators.discovery import find_dead
 from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Budget, Plan, Quantity, Repairing, corrected, parse_budgets
+from ldpruner.probes import Probe
 from ldpruner.recovery.activations import fitting_calls
 from ldpruner.recovery.closed_form import repair as fit_together
 from ldpruner.replacements import REPLACEMENTS
@@ -28,6 +29,8 @@ Targets = dict[Quantity, float]
 CLOSE = 0.985  # a measured latency above this share of its limit is near enough: readings spread by about as much
 ALIKE = 1.05  # joint latent shifts of a few samples that differ by less are not told apart
 RANKED_ON = 12  # calls on which plans are repaired to be compared
+JUDGED_ON = 64  # samples that judge plans, where the probe has not more: those of few tell chance from chance
+APART = 5_000  # from the probe's seeds to those of samples that judge plans
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +105,8 @@ def _least_shifting(plans: Sequence[Planned], pipeline: Pipeline, run: Run, batc
     distinct = [planned for place, planned in enumerate(plans) if all(planned.plan.edits != p.plan.edits for p in plans[:place])]
     if len(distinct) == 1:
         return distinct[0]
-    reference = pipeline.latents(run.probe, batch_size=batch_size)
+    probe = _judging(pipeline, run.probe)
+    reference = pipeline.latents(probe, batch_size=batch_size)
     repaired = distinct[0].plan.repair == "closed-form"
     calls = fitting_calls(pipeline, run.probe, batch_size=batch_size, count=RANKED_ON) if repaired else []
     shifts = []
@@ -111,10 +115,15 @@ def _least_shifting(plans: Sequence[Planned], pipeline: Pipeline, run: Run, batc
         if repaired:
             fitted = fit_together(pipeline, edits, run.probe, fitted=fitted, calls=calls)
         with pipeline.with_denoiser(pruned_view(pipeline.denoiser, edits, fitted)):
-            shifts.append(latent_shift(reference, pipeline.latents(run.probe, batch_size=batch_size)))
+            shifts.append(latent_shift(reference, pipeline.latents(probe, batch_size=batch_size)))
         log.info("%s: %d edits, joint latent shift %.4g", planned.plan.selection, len(edits), shifts[-1])
     alike = [place for place, shift in enumerate(shifts) if shift <= ALIKE * min(shifts)]
     return distinct[min(alike, key=lambda place: (len(distinct[place].plan.edits), shifts[place]))]
+
+
+def _judging(pipeline: Pipeline, probe: Probe) -> Probe:
+    """What judges plans: more samples than scores need, and others, for each plan is the best of its ranking on the probe's."""
+    return replace(pipeline.varied(probe), samples=max(probe.samples, JUDGED_ON), seed=probe.seed + APART)
 
 
 def _ratio(planned: Planned) -> float:
