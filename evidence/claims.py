@@ -34,9 +34,11 @@ def claims(groups: Sequence[Group], original: Line, seconds: Sequence[str], many
         worst = max(losses, key=losses.__getitem__)
         said = f"furthest behind: {worst}, {losses[worst] * 100:+.1f} % worse" if losses[worst] > 0 else "all are better"
         yield "no second metric more than 3 % worse", _holds(losses[worst] <= TOLERATED), said
-        shift, before = (ours.plain("repaired", name) for name in ("latent_shift", "latent_shift_before_repair"))
-        left = statistics.mean(after / first for after, first in zip(shift, before, strict=True))
-        yield "repair at least halves the joint latent shift", _holds(left <= 0.5), f"{percent(left)} is left"
+        own_samples = [ours.plain("repaired", name) for name in ("latent_shift_before_repair", "latent_shift")]
+        others = [ours.values(stage, "latent-shift", few) for stage in ("pruned", "repaired")]
+        for of_what, (before, after) in {"the plan's own samples": own_samples, f"{few:,} others": others}.items():
+            left = statistics.mean(last / first for first, last in zip(before, after, strict=True))
+            yield f"repair at least halves the joint latent shift, of {of_what}", _holds(left <= 0.5), f"{percent(left)} is left"
         rivals = [group for (title, budget), group in by_place.items() if budget == "65%" and not title.startswith("ld-pruner")]
         if rivals:
             yield from _against(ours, rivals, many, few, original["figures"][str(few)]["frechet"]["value"])
