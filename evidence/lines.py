@@ -30,6 +30,11 @@ class Group:
         return [line[name] for line in self.stages.get(stage, []) if line.get(name) is not None]
 
 
+def place_of(method: str, budget: str, seed: int) -> str:
+    """What files of one plan are called."""
+    return f"{method}-{budget}-{seed}".replace("%", "").replace(", ", "-").replace(" ", "-")
+
+
 def grouped(lines: Iterable[Line]) -> list[Group]:
     """Methods in the order of `WAYS`, budget by budget."""
     found: dict[tuple[str, str], dict[str, list[Line]]] = {}

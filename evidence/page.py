@@ -6,6 +6,7 @@ python evidence/page.py
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from claims import claims
-from lines import OF_CAPTIONS, UNSEEN, Group, Line, course, grouped, label
+from lines import OF_CAPTIONS, UNSEEN, Group, Line, course, grouped, label, place_of
 from plots import courses, quality_by_latency
 
 from ldpruner.evaluation import METRICS
@@ -28,20 +29,24 @@ TITLES |= {UNSEEN + name: f"{TITLES[name]}, unseen captions" for name in OF_CAPT
 TITLES[TO_DATA] = "Latent Fréchet distance to the data ↓"
 HEAD = """# Evidence: every method side by side
 
-Made by `python evidence/run.py --data DIR`, which adds a line to `evidence/results/` with every result, and by
-`python evidence/page.py` from these lines. All methods take the same operators, budgets, repair, distillation, data and judge.
-Latency is that of one denoiser call, measured in turn with the original's, repair included. `pruned` is the plan as it is,
-`repaired` after `--repair closed-form`, `distilled` after that and so many steps of distillation. Of several seeds the mean is
-shown, and after ± half of what lies between the lowest and the highest. `fine-tuned` is the control: the original taught as the
-students are. Where these only imitate it (task weight 0, no guide) it has nothing to learn, and there is no such line. How students
-learn was found by trying on those of `ld-pruner, sweep`, seed 0, and is the same for all. Most prompts of zoo:emoji are captions of
-training pictures; what is said of `unseen captions` is measured on more samples, one for each caption that no such picture has.
+Made by `python evidence/run.py --data DIR`, which adds a line to `evidence/results/` with every result, and by `python
+evidence/page.py` from these lines. All methods take the same operators, budgets, repair, distillation, data and judge. Latency
+is that of one denoiser call, measured in turn with the original's, repair included; `alone` is that of the same plans, which
+are in `evidence/results/plans/`, once more in one run of `python evidence/latency.py` with nothing beside it. `pruned` is the
+plan as it is, `repaired` after `--repair closed-form`, `distilled` after that and so many steps of distillation. Of several
+seeds the mean is shown, and after ± half of what lies between the lowest and the highest. `fine-tuned` is the control: the
+original taught as the students are. Where these only imitate it (task weight 0, no guide) it has nothing to learn, and there is
+no such line. How students learn was found by trying on those of `ld-pruner, sweep`, seed 0, and is the same for all. Most
+prompts of zoo:emoji are captions of training pictures; what is said of `unseen captions` is measured on more samples, one for
+each caption that no such picture has.
 """
 
 
 def write_page(results: Path, page: Path) -> None:
     """Write the page, and its plots beside it."""
     lines = [line for file in sorted(results.glob("*.jsonl")) for line in read_json_lines(file)]
+    for line in lines:
+        line["latency_alone"] = _alone(line, results / "latencies" / f"{line['pipeline']}.json")
     parts = [HEAD]
     for name in sorted({line["pipeline"] for line in lines}, key=("fashion", "emoji", "digits").index):
         mine = [line for line in lines if line["pipeline"] == name]
@@ -49,6 +54,15 @@ def write_page(results: Path, page: Path) -> None:
             some = [line for line in mine if line["settings"] == settings]
             parts.append(_section(name, settings, some, page, f"{name}-{number}" if number else name))
     write_text(page, "\n".join(parts))
+
+
+def _alone(line: Line, file: Path) -> float | None:
+    """The latency of a line's plan where all plans were measured in one run."""
+    if "method" not in line or not file.exists():
+        return None
+    ratios: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["ratios"]
+    found = ratios.get(place_of(line["method"], line["budget"], line["seed"]))
+    return float(found["value"]) if found else None
 
 
 def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: Path, plots: str) -> str:
@@ -89,12 +103,13 @@ def _controls(lines: Sequence[Line], many: int, few: int) -> str:
 
 
 def _before_and_after(groups: Sequence[Group], many: int, few: int) -> str:
-    head = ["method", "seeds", "latency", "parameters", "MACs", "edits", "latent shift: pruned", "repaired",
+    head = ["method", "seeds", "latency", "alone", "parameters", "MACs", "edits", "latent shift: pruned", "repaired",
             f"Fréchet ({few:,}): pruned", "repaired", f"Fréchet ({many:,}): distilled", "pruning, s", "distilling, s"]  # fmt: skip
     table = [head]
     for group in groups:
         stage = next(iter(reversed(group.stages)))
-        ratios = [percent(statistics.mean(group.plain(stage, key))) for key in ("latency_ratio", "params_ratio", "macs_ratio")]
+        found = [group.plain(stage, key) for key in ("latency_ratio", "latency_alone", "params_ratio", "macs_ratio")]
+        ratios = [percent(statistics.mean(values)) if values else "" for values in found]
         table.append([
             group.title,
             str(len(group.stages[stage])),

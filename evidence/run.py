@@ -43,7 +43,7 @@ from ldpruner.workflow import Pruned, apply, prune
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data import distance_to, training_latents, unseen_captions
-from lines import OF_CAPTIONS, UNSEEN
+from lines import OF_CAPTIONS, UNSEEN, place_of
 from methods import WAYS
 from page import write_page
 from pictures import show
@@ -123,7 +123,7 @@ class Bench:
         keys = [{"stage": stage, **key} for stage in STAGES[: 2 + bool(self.options.distil_steps)]]
         if all(self.known(each) for each in keys):
             return
-        place = self.place(method, budget, seed)
+        place = place_of(method, budget, seed)
         pruned, facts = self.pruned(method, budget, seed)
         run = ldpruner.Run.load(self.run_folder(method, seed))
         bare = self.around(pruned_view(self.original.denoiser, pruned.plan.edits, run.fitted))
@@ -146,8 +146,8 @@ class Bench:
 
     def pruned(self, method: str, budget: str, seed: int) -> tuple[Pruned, Facts]:
         """The method's plan at a measured latency, repaired, and what was measured; both are kept for when a run goes on."""
-        way, folder = WAYS[method], self.work / self.place(method, budget, seed)
-        plan, kept = folder / "plan.json", folder / "facts.json"
+        way, place = WAYS[method], place_of(method, budget, seed)
+        plan, kept = self.options.results / "plans" / self.name / f"{place}.json", self.work / place / "facts.json"
         if plan.exists() and kept.exists():
             facts: Facts = json.loads(kept.read_text(encoding="utf-8"))
             return apply(self.original, ldpruner.Plan.load(plan)), facts
@@ -311,9 +311,6 @@ class Bench:
         pipe = copy.copy((like or self.original).pipe)
         setattr(pipe, self.original.component, denoiser)
         return Pipeline(pipe, source=self.original.source)
-
-    def place(self, method: str, budget: str, seed: int) -> str:
-        return f"{method}-{budget}-{seed}".replace("%", "").replace(", ", "-").replace(" ", "-")
 
     def run_folder(self, method: str, seed: int) -> Path:
         return self.work / f"scores-{WAYS[method].scorer}-{seed}"

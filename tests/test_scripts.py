@@ -19,6 +19,7 @@ from conftest import tiny_ldm
 from ldpruner import Pipeline
 from ldpruner.files import read_json_lines
 from ldpruner.pipelines import locate
+from ldpruner.reporting import percent
 
 ROOT = Path(__file__).parent.parent
 FEW = {
@@ -88,7 +89,7 @@ def evidence(script: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_p
 
 @pytest.mark.slow
 def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_missing(
-    evidence: Callable[..., list[dict[str, Any]]], tmp_path: Path
+    evidence: Callable[..., list[dict[str, Any]]], script: Callable[..., None], tmp_path: Path
 ) -> None:
     first = evidence("--methods", "magnitude")
     stages = ["original", "pruned", "repaired", "distilled", "fine-tuned", "from random weights"]
@@ -110,7 +111,13 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
     assert guide.read_bytes() == made, "one guide for all"
     added = [(line["stage"], line["method"]) for line in second[6:]]
     assert added == [(stage, "ends-and-spread") for stage in ("pruned", "repaired", "distilled")]
+    script(ROOT / "evidence" / "latency.py", "--model", tmp_path / "tiny", "--results", tmp_path / "results", "--rounds", 3)
+    script(ROOT / "evidence" / "page.py", "--results", tmp_path / "results", "--page", tmp_path / "evidence.md")
+    alone = json.loads((tmp_path / "results" / "latencies" / "fashion.json").read_text(encoding="utf-8"))["ratios"]
+    assert set(alone) == {"magnitude-95-0", "ends-and-spread-95-0", "ld-pruner-90-0"}, "the guide is a plan too"
     page = (tmp_path / "evidence.md").read_text(encoding="utf-8")
+    for method in ("magnitude", "ends-and-spread"):
+        assert f"| {percent(alone[f'{method}-95-0']['value'])} |" in page
     assert f"| {distilled['figures']['6']['frechet']['value']:.4g} |" in page
     named = {tmp_path / place for place in re.findall(r"!\[[^]]*\]\((evidence/[^)]+)\)", page)}
     assert len(named) == 2 + 5, "two plots, and a strip for each model that is finished"
