@@ -13,7 +13,7 @@ import torch
 from conftest import PROBE
 from ldpruner import Plan, benchmarking, planning, prune, score
 from ldpruner.benchmarking import Comparison
-from ldpruner.errors import UnknownNameError
+from ldpruner.errors import RunError, UnknownNameError
 from ldpruner.operators.tracing import count_macs
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Budget, Candidate, Cost, Operator, Operators, Repairing, Score
@@ -82,6 +82,17 @@ def test_a_power_of_the_score_lies_between_ratio_and_order() -> None:
     assert rankings_of("sweep") == tuple(RANKINGS)
     with pytest.raises(UnknownNameError, match="selection 'sweap' is unknown: did you mean sweep"):
         rankings_of("sweap")
+
+
+def test_a_second_opinion_ranks_by_the_error_of_the_output_or_by_both() -> None:
+    by_score = scored(("a", "identity", 1.0), ("b", "identity", 4.0), ("c", "identity", 9.0))
+    told = tuple(replace(entry, output_error=error) for entry, error in zip(by_score, (4.0, 2.0, 0.01), strict=True))
+    first = [chosen(choose(PLAIN, told, {"latency": 0.95}, selection=name)) for name in ("order", "error-order", "both-order")]
+    assert first == [["a"], ["c"], ["c"]], "1, 4, 9; 4, 2, 0.01; and their geometric means 2, 2.8, 0.3"
+    assert rankings_of("sweep", told) == tuple(RANKINGS)
+    assert rankings_of("sweep", by_score) == ("order", "ratio", "power-1.25", "power-1.5", "power-2", "power-3")
+    with pytest.raises(RunError, match="these scores hold no output error"):
+        choose(PLAIN, by_score, {"latency": 0.9}, selection="both-ratio")
 
 
 def test_what_the_last_option_made_needless_is_given_back() -> None:
@@ -190,6 +201,7 @@ def test_a_sweep_takes_the_plan_that_shifts_least_and_of_those_alike_the_shortes
     pipeline, scores = run
     budget = {"params": "60%"}
     plans = [planning.plan(pipeline, scores, budget, selection=name, repair=repair).plan for name in RANKINGS]
+    monkeypatch.setattr(planning, "FINALISTS", len(plans))
     calls = fitting_calls(pipeline, scores.probe, count=planning.RANKED_ON)
     judged = replace(scores.probe, samples=planning.JUDGED_ON, seed=scores.probe.seed + planning.APART)
     reference = pipeline.latents(judged)
@@ -206,6 +218,18 @@ def test_a_sweep_takes_the_plan_that_shifts_least_and_of_those_alike_the_shortes
     monkeypatch.setattr(planning, "ALIKE", 1e9)
     shortest = planning.plan(pipeline, scores, budget, selection="sweep", repair=repair).plan
     assert len(shortest.edits) == min(len(plan.edits) for plan in plans)
+
+
+def test_a_sweep_measures_the_plans_that_shift_least_before_repair(
+    run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, scores = run
+    monkeypatch.setattr(planning, "FINALISTS", 1)
+    repaired = planning.plan(pipeline, scores, {"params": "60%"}, repair="closed-form").plan
+    monkeypatch.setattr(planning, "FINALISTS", len(RANKINGS))
+    monkeypatch.setattr(planning, "ALIKE", 1.0)
+    bare = planning.plan(pipeline, scores, {"params": "60%"}).plan
+    assert [(edit.operator, edit.replacement) for edit in repaired.edits] == [(e.operator, e.replacement) for e in bare.edits]
 
 
 def test_a_budget_out_of_reach_says_what_can_be_reached(run: tuple[Pipeline, Run]) -> None:

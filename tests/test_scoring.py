@@ -19,6 +19,7 @@ from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators
 from ldpruner.scoring import SCORERS, Run
 from ldpruner.scoring.latent import BROKEN, Statistics, latent_shift, shifts
+from ldpruner.scoring.output_mse import OutputErrorScorer
 
 CHEAP = ["identity", "shortcut"]
 
@@ -197,6 +198,15 @@ def test_a_pointwise_stand_in_resamples_where_the_grid_changes() -> None:
     latents = torch.arange(16.0).view(1, 1, 4, 4)
     assert torch.equal(resample(latents, [[1, 2], [1, 2]])[0, 0], torch.tensor([[2.5, 4.5], [10.5, 12.5]]))
     assert resample(latents, [[2, 1], [2, 1]]).shape == (1, 1, 8, 8)
+
+
+def test_the_error_of_the_output_is_measured_beside(ldm: Pipeline, operators: Operators) -> None:
+    edits = [Edit(operator=o.name, replacement=c.replacement, options=c.options) for o, c in operators.pairs(["identity"])][:4]
+    probe = replace(PROBE, samples=12)
+    shared = {"fitted": {}, "batch_size": None}
+    errors = OutputErrorScorer(timesteps=4).scores(ldm, edits, replace(probe, samples=8), **shared)  # type: ignore[arg-type]
+    beside = [entry.output_error for entry in SCORERS["paper"]().scores(ldm, edits, probe, **shared)]  # type: ignore[arg-type]
+    assert beside == pytest.approx([entry.score**0.5 for entry in errors], rel=1e-5)
 
 
 def test_text_prompts_reach_the_denoiser_in_turn(text_to_image: Pipeline) -> None:

@@ -7,12 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
 from ldpruner.benchmarking import Comparison, compare_calls
 from ldpruner.errors import BudgetError, RunError
 from ldpruner.operators.discovery import find_dead
 from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Budget, Plan, Quantity, Repairing, corrected, parse_budgets
+from ldpruner.plans import Budget, Edit, Plan, Quantity, Repairing, corrected, parse_budgets
 from ldpruner.probes import Probe
 from ldpruner.recovery.activations import fitting_calls
 from ldpruner.recovery.closed_form import repair as fit_together
@@ -21,7 +23,7 @@ from ldpruner.scoring import Run
 from ldpruner.scoring.latent import latent_shift
 from ldpruner.selection import SWEEP, Choice, Priors, choose, rankings_of, reachable
 from ldpruner.selection.choice import FREE
-from ldpruner.surgery import pruned_view
+from ldpruner.surgery import Fitted, pruned_view
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ Targets = dict[Quantity, float]
 CLOSE = 0.985  # a measured latency above this share of its limit is near enough: readings spread by about as much
 ALIKE = 1.05  # joint latent shifts of a few samples that differ by less are not told apart
 RANKED_ON = 12  # calls on which plans are repaired to be compared
+FINALISTS = 3  # plans that are measured, repaired where that is wanted, and judged again
 JUDGED_ON = 64  # samples that judge plans, where the probe has not more: those of few tell chance from chance
 APART = 5_000  # from the probe's seeds to those of samples that judge plans
 
@@ -55,10 +58,10 @@ def plan(
 ) -> Planned:
     """Choose edits from the scores of `run` so that every budget holds.
 
-    `selection` names a ranking, or `sweep`: a plan by every ranking, of which the one with the least joint latent shift (after
-    repair, where that is wanted) is taken, and of those that shift alike the one with the fewest edits, which leaves the least
-    to recover. Scores are taken one operator at a time and do not tell which plan is best together; a generation by each does,
-    and costs next to nothing.
+    `selection` names a ranking, or `sweep`: a plan by every ranking. Of these the three with the least joint latent shift are
+    measured, and the one that shifts least then (after repair, where that is wanted) is taken; of those that shift alike the one
+    with the fewest edits, which leaves the least to recover. Scores are taken one operator at a time and do not tell which plan
+    is best together; a generation by each does, and costs next to nothing.
 
     MACs and parameters are counted. Latency is predicted from the operators' times, then measured on the pruned denoiser
     (`rounds` pairs of calls), and the prediction's target moved until the measured value holds with as little removed as
@@ -81,16 +84,19 @@ def plan(
         repair=repair,
         rounds=rounds,
     )
-    searches = [replace(search, selection=name) for name in rankings_of(selection)]
+    searches = [replace(search, selection=name) for name in rankings_of(selection, scores)]
     if len(searches) == 1:
         return search.planned(targets)
-    return _least_shifting(_held(searches, targets), pipeline, run, batch_size)
+    judge = _Judge.of(pipeline, run, batch_size)
+    return _least_shifting(_held(judge.sorted(searches, targets), targets), pipeline, run, judge, batch_size)
 
 
 def _held(searches: Sequence[_Search], targets: Targets) -> list[Planned]:
-    """The plans of those searches that can meet the targets. Raises `BudgetError` where none can."""
-    found, missed = [], list[BudgetError]()
+    """The plans of the first `FINALISTS` searches that can meet the targets. Raises `BudgetError` where none can."""
+    found, missed = list[Planned](), list[BudgetError]()
     for search in searches:
+        if len(found) == FINALISTS:
+            break
         try:
             found.append(search.planned(targets))
         except BudgetError as error:
@@ -100,13 +106,43 @@ def _held(searches: Sequence[_Search], targets: Targets) -> list[Planned]:
     return found
 
 
-def _least_shifting(plans: Sequence[Planned], pipeline: Pipeline, run: Run, batch_size: int | None) -> Planned:
+@dataclass(frozen=True, kw_only=True)
+class _Judge:
+    """How far edits move the latents, all together; on more samples than scores need, and others, which choose no ranking."""
+
+    pipeline: Pipeline
+    fitted: Fitted
+    probe: Probe
+    reference: Tensor
+    batch_size: int | None
+
+    @classmethod
+    def of(cls, pipeline: Pipeline, run: Run, batch_size: int | None) -> _Judge:
+        samples, seed = max(run.probe.samples, JUDGED_ON), run.probe.seed + APART
+        probe = replace(pipeline.varied(run.probe), samples=samples, seed=seed)
+        reference = pipeline.latents(probe, batch_size=batch_size)
+        return cls(pipeline=pipeline, fitted=run.fitted, probe=probe, reference=reference, batch_size=batch_size)
+
+    def shift(self, edits: Sequence[Edit], fitted: Fitted) -> float:
+        with self.pipeline.with_denoiser(pruned_view(self.pipeline.denoiser, edits, fitted)):
+            return latent_shift(self.reference, self.pipeline.latents(self.probe, batch_size=self.batch_size))
+
+    def sorted(self, searches: Sequence[_Search], targets: Targets) -> list[_Search]:
+        """One search for every plan that is predicted to meet the targets: the least shift, before repair, first."""
+        found: list[tuple[float, tuple[Edit, ...], _Search]] = []
+        for search in searches:
+            edits = search.predicted(targets).edits
+            if all(edits != other for _, other, _ in found):
+                found.append((self.shift(edits, self.fitted), edits, search))
+                log.info("%s: %d edits, joint latent shift %.4g, predicted", search.selection, len(edits), found[-1][0])
+        return [search for _, _, search in sorted(found, key=lambda entry: entry[0])]
+
+
+def _least_shifting(plans: Sequence[Planned], pipeline: Pipeline, run: Run, judge: _Judge, batch_size: int | None) -> Planned:
     """The plan whose edits, all together, move the latents least; of those that do alike, the shortest."""
     distinct = [planned for place, planned in enumerate(plans) if all(planned.plan.edits != p.plan.edits for p in plans[:place])]
     if len(distinct) == 1:
         return distinct[0]
-    probe = _judging(pipeline, run.probe)
-    reference = pipeline.latents(probe, batch_size=batch_size)
     repaired = distinct[0].plan.repair == "closed-form"
     calls = fitting_calls(pipeline, run.probe, batch_size=batch_size, count=RANKED_ON) if repaired else []
     shifts = []
@@ -114,16 +150,10 @@ def _least_shifting(plans: Sequence[Planned], pipeline: Pipeline, run: Run, batc
         edits, fitted = planned.plan.edits, run.fitted
         if repaired:
             fitted = fit_together(pipeline, edits, run.probe, fitted=fitted, calls=calls)
-        with pipeline.with_denoiser(pruned_view(pipeline.denoiser, edits, fitted)):
-            shifts.append(latent_shift(reference, pipeline.latents(probe, batch_size=batch_size)))
+        shifts.append(judge.shift(edits, fitted))
         log.info("%s: %d edits, joint latent shift %.4g", planned.plan.selection, len(edits), shifts[-1])
     alike = [place for place, shift in enumerate(shifts) if shift <= ALIKE * min(shifts)]
     return distinct[min(alike, key=lambda place: (len(distinct[place].plan.edits), shifts[place]))]
-
-
-def _judging(pipeline: Pipeline, probe: Probe) -> Probe:
-    """What judges plans: more samples than scores need, and others, for each plan is the best of its ranking on the probe's."""
-    return replace(pipeline.varied(probe), samples=max(probe.samples, JUDGED_ON), seed=probe.seed + APART)
 
 
 def _ratio(planned: Planned) -> float:
@@ -149,6 +179,10 @@ class _Search:
 
     def planned(self, targets: Targets) -> Planned:
         return self.measured(targets) if "latency" in targets else self.counted(targets)
+
+    def predicted(self, targets: Targets) -> Plan:
+        """The plan that is predicted to meet the targets; nothing is measured."""
+        return self._plan(self._choose(targets), self._call())
 
     def counted(self, targets: Targets) -> Planned:
         choice = self._choose(targets)

@@ -131,6 +131,7 @@ class Score:
     seconds: float
     mean_shift: float | None = None  # the two terms of the paper's score; other methods have none
     std_shift: float | None = None
+    output_error: float | None = None  # the paper's scorer measures it beside: root mean square, on the original's own inputs
 
     @property
     def key(self) -> tuple[str, str]:

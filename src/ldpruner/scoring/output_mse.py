@@ -6,15 +6,12 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-
-from ldpruner.operators.tracing import Call, tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Score
 from ldpruner.probes import Probe
 from ldpruner.scoring.base import SCORERS
 from ldpruner.scoring.shared import scored
+from ldpruner.scoring.teacher_forced import answers, mean_squared_error
 from ldpruner.surgery import Fitted, trial
 from ldpruner.trajectories import spread_calls
 
@@ -37,20 +34,9 @@ class OutputErrorScorer:
         self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
     ) -> Iterator[Score]:
         calls = spread_calls(pipeline, probe, self.timesteps, batch_size=batch_size)
-        reference = [_output(pipeline.denoiser, call) for call in calls]
+        reference = answers(pipeline.denoiser, calls)
         for edit in edits:
             began = time.perf_counter()
             with trial(pipeline.denoiser, [edit], fitted=fitted) as changed:
-                error = mean_squared_error(reference, (_output(changed, call) for call in calls))
+                error = mean_squared_error(reference, answers(changed, calls))
             yield scored(edit, error, seconds=time.perf_counter() - began)
-
-
-def mean_squared_error(reference: Sequence[Tensor], changed: Iterator[Tensor]) -> float:
-    """sum (r - c)^2 / count over all numbers of all calls."""
-    total = sum(float((mine - other).square().sum()) for mine, other in zip(reference, changed, strict=True))
-    return total / sum(tensor.numel() for tensor in reference)
-
-
-@torch.no_grad()
-def _output(denoiser: nn.Module, call: Call) -> Tensor:
-    return tensors_in(call.run(denoiser))[0].float()
