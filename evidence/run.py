@@ -34,6 +34,7 @@ import ldpruner
 from ldpruner.environment import environment
 from ldpruner.evaluation import Evaluation, evaluate
 from ldpruner.files import append_json_line, read_json_lines, write_json
+from ldpruner.fitting import fit_pointwise, pointwise_wanted
 from ldpruner.operators.tracing import weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
@@ -125,8 +126,9 @@ class Bench:
             return
         place = place_of(method, budget, seed)
         pruned, facts = self.pruned(method, budget, seed)
-        run = ldpruner.Run.load(self.run_folder(method, seed))
-        bare = self.around(pruned_view(self.original.denoiser, pruned.plan.edits, run.fitted))
+        assert pruned.plan.probe is not None
+        alone = fit_pointwise(self.original, pointwise_wanted(pruned.plan.edits), pruned.plan.probe)
+        bare = self.around(pruned_view(self.original.denoiser, pruned.plan.edits, alone))
         repaired = Pipeline(pruned.pipe, source=self.original.source)
         self.one(keys[0], lambda: (bare, facts), few=True)
         self.one(keys[1], lambda: (repaired, facts), few=True)
@@ -146,32 +148,38 @@ class Bench:
 
     def pruned(self, method: str, budget: str, seed: int) -> tuple[Pruned, Facts]:
         """The method's plan at a measured latency, repaired, and what was measured; both are kept for when a run goes on."""
-        way, place = WAYS[method], place_of(method, budget, seed)
+        place, probe = place_of(method, budget, seed), self.scored_on(seed)
         plan, kept = self.options.results / "plans" / self.name / f"{place}.json", self.work / place / "facts.json"
-        if plan.exists() and kept.exists():
-            facts: Facts = json.loads(kept.read_text(encoding="utf-8"))
-            return apply(self.original, ldpruner.Plan.load(plan)), facts
-        began = time.monotonic()
-        made = prune(
-            self.original,
-            {"latency": budget},
-            probe=Probe(samples=self.options.score_samples, num_inference_steps=self.options.score_steps, seed=1_000 * seed),
-            run=self.run_folder(method, seed),
-            method=way.scorer,
-            selection=way.selection,
-            priors=way.priors,
-            repair="closed-form",
-        )
-        facts = {
-            **made.summary(),
-            "selection": made.plan.selection,
-            "latency": asdict(made.latency.ratio),
-            "operators": {edit.operator: edit.replacement for edit in made.plan.edits},
-            "seconds_pruning": time.monotonic() - began,
-        }
-        made.plan.save(plan)
-        write_json(kept, facts)
-        return made, facts
+        if plan.exists() and ldpruner.Plan.load(plan).probe == self.original.completed(probe):
+            made, seconds = apply(self.original, ldpruner.Plan.load(plan)), None
+        else:
+            kept.unlink(missing_ok=True)
+            began, way = time.monotonic(), WAYS[method]
+            made = prune(
+                self.original,
+                {"latency": budget},
+                probe=probe,
+                run=self.run_folder(method, seed),
+                method=way.scorer,
+                selection=way.selection,
+                priors=way.priors,
+                repair="closed-form",
+            )
+            seconds = time.monotonic() - began
+            made.plan.save(plan)
+        if not kept.exists():
+            facts: Facts = {
+                **made.summary(),
+                "selection": made.plan.selection,
+                "latency": asdict(made.latency.ratio),
+                "operators": {edit.operator: edit.replacement for edit in made.plan.edits},
+                "seconds_pruning": seconds,
+            }
+            write_json(kept, facts)
+        return made, json.loads(kept.read_text(encoding="utf-8"))
+
+    def scored_on(self, seed: int) -> Probe:
+        return Probe(samples=self.options.score_samples, num_inference_steps=self.options.score_steps, seed=1_000 * seed)
 
     def taught(self, student: Pipeline, place: str, seed: int, facts: Facts) -> tuple[Pipeline, Facts]:
         """A student at the end of its distillation; of the first seed's, what its average was like on the way too."""
