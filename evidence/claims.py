@@ -26,8 +26,10 @@ def claims(groups: Sequence[Group], original: Line, seconds: Sequence[str], many
     if ours is not None:
         found = ours.values("distilled", "frechet", many)
         ratio = statistics.mean(found) / goal
-        latency = max(ours.plain("distilled", "latency_ratio"))
-        yield "latency at most 65.1 %", _holds(latency <= LIMIT), f"{percent(latency)}, the slowest of {len(found)}"
+        readings = [ours.plain("distilled", name) for name in ("latency_ratio", "latency_alone")]
+        slowest = [max(values) for values in readings if values]
+        said = ", alone ".join(map(percent, slowest))
+        yield "latency at most 65.1 %", _holds(max(slowest) <= LIMIT), f"{said}, the slowest of {len(found)}"
         yield "Fréchet distance no worse than the original's", _holds(ratio <= 1), percent(ratio)
         yield "aim: 5.2 % better", _holds(ratio <= BETTER), percent(ratio)
         losses = {name: _loss(ours, own, name, many) for name in seconds}
@@ -56,7 +58,7 @@ def _against(ours: Group, rivals: Sequence[Group], many: int, few: int, goal: fl
     steps = {group.title: _steps(group, few, goal) for group in (ours, *rivals)}
     fastest = min(rivals, key=lambda group: steps[group.title])
     told = [f"{title} {steps[title]:g}" for title in (OURS, fastest.title)]
-    yield "fewest steps to the original's quality", _holds(steps[OURS] <= steps[fastest.title]), ", ".join(told)
+    yield "no rival in fewer steps at the original's quality", _holds(steps[OURS] <= steps[fastest.title]), ", ".join(told)
 
 
 def _steps(group: Group, few: int, goal: float) -> float:

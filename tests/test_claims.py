@@ -45,13 +45,14 @@ def test_what_holds_is_said_to_hold() -> None:
     made = claimed(*ours, line("random", 1.4), line("ld-pruner, sweep", 1.0, budget="50%"))
     assert {holds for holds, _ in made.values()} == {"yes"}
     assert made["every seed better than every seed of every rival"][1] == "0.9 to 0.92, random 1.4 to 1.4, of 1 rivals"
-    assert made["fewest steps to the original's quality"][1] == "ld-pruner, sweep 100, random inf"
+    assert made["no rival in fewer steps at the original's quality"][1] == "ld-pruner, sweep 100, random inf"
 
 
 @pytest.mark.parametrize(
     ("asked", "changed"),
     [
         ("latency at most 65.1 %", {"latency_ratio": 0.652}),
+        ("latency at most 65.1 %", {"latency_alone": 0.652}),
         ("no second metric more than 3 % worse", {"figures": {"precision": 0.86}}),
         ("repair at least halves the joint latent shift, of the plan's own samples", {"latent_shift": 0.51}),
         ("repair at least halves the joint latent shift, of 5 others", {"figures": {"latent-shift": 0.51}}),

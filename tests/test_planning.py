@@ -176,7 +176,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Run]:
     return pipeline, score(pipeline, PROBE, operators=ldm_operators(), out=tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize("selection", list(RANKINGS))
+@pytest.mark.parametrize("selection", ["order", "ratio", "power-1.25", "power-3", "error-order", "both-power-2"])
 @pytest.mark.parametrize("budget", [{"macs": "70%"}, {"params": "60%"}, {"macs": "80%", "params": "70%"}])
 def test_a_counted_budget_holds_exactly_on_the_pruned_model(
     run: tuple[Pipeline, Run], budget: dict[str, str], selection: str
