@@ -202,9 +202,9 @@ def test_a_pointwise_stand_in_resamples_where_the_grid_changes() -> None:
 
 def test_the_error_of_the_output_is_measured_beside(ldm: Pipeline, operators: Operators) -> None:
     edits = [Edit(operator=o.name, replacement=c.replacement, options=c.options) for o, c in operators.pairs(["identity"])][:4]
-    probe = replace(PROBE, samples=12)
+    probe = replace(PROBE, samples=6)
     shared = {"fitted": {}, "batch_size": None}
-    errors = OutputErrorScorer(timesteps=4).scores(ldm, edits, replace(probe, samples=8), **shared)  # type: ignore[arg-type]
+    errors = OutputErrorScorer(timesteps=4).scores(ldm, edits, replace(probe, samples=3), **shared)  # type: ignore[arg-type]
     beside = [entry.output_error for entry in SCORERS["paper"]().scores(ldm, edits, probe, **shared)]  # type: ignore[arg-type]
     assert beside == pytest.approx([entry.score**0.5 for entry in errors], rel=1e-5)
 

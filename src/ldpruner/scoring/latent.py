@@ -51,10 +51,10 @@ class PaperScorer:
     """Full trajectories from shared noise, one edit at a time; an edit that changes nothing scores exactly 0.
 
     Costs `(edits + 1) x samples x steps` denoiser passes. That the sampler is deterministic and the noise shared is our
-    reading of the paper, which says neither. A few samples' shift holds much chance, so a second opinion is taken while the edit is
-    made, which no step of a trajectory makes noisier: the root mean squared error of the output for `watched` samples at
-    `timesteps` steps of the original's own trajectory, `watched x timesteps` passes more for every edit. Selections named
-    `error-` and `both-` use it, and with them the sweep.
+    reading of the paper, which says neither. A few samples' shift holds much chance, so a second opinion is taken while the
+    edit is made, which no step of a trajectory makes noisier: the root mean squared error of the output for half of the samples,
+    at most `watched`, at `timesteps` steps of the original's own trajectory. That is `watched x timesteps` passes more for every
+    edit, or fewer. Selections named `error-` and `both-` use it, and with them the sweep.
     """
 
     watched: int = 8
@@ -64,7 +64,7 @@ class PaperScorer:
         self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
     ) -> Iterator[Score]:
         reference = Statistics.of(pipeline.latents(probe, batch_size=batch_size))
-        few = replace(probe, samples=min(probe.samples, self.watched))
+        few = replace(probe, samples=min(math.ceil(probe.samples / 2), self.watched))
         calls = spread_calls(pipeline, few, self.timesteps, batch_size=batch_size)
         known = answers(pipeline.denoiser, calls)
         for edit in edits:
