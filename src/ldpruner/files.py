@@ -139,3 +139,23 @@ def read_prompts(path: Path) -> tuple[str, ...]:
     if not prompts:
         raise DataError(f"{path}: holds no prompts. Write one a line.")
     return tuple(prompts)
+
+
+def first_damaged(folder: Path) -> Path | None:
+    """The first safetensors file in a folder that is cut off or was written over; None where all are whole, or it is no folder."""
+    return next((file for file in sorted(folder.rglob("*.safetensors")) if not _readable(file)), None) if folder.is_dir() else None
+
+
+def _readable(file: Path) -> bool:
+    """Whether the header of a safetensors file accounts for every byte of it."""
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        size = file.stat().st_size
+        if length > size - 8:
+            return False
+        try:
+            header = json.loads(stream.read(length))
+        except ValueError:
+            return False
+    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    return bool(size == 8 + length + max(ends, default=0))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ldpruner.errors import LDPrunerError, PipelineError, suggest
-from ldpruner.files import read_prompts
+from ldpruner.files import first_damaged, read_prompts
 from ldpruner.operators.tracing import Call
 from ldpruner.probes import Probe
 from ldpruner.sound import Wave, from_spectrogram, to_spectrogram
@@ -358,11 +358,7 @@ def _shipped(name: str) -> Path:
 
 def _explain(model: str, path: str, error: Exception) -> str:
     """One line on why loading failed; names the damaged file where one of ours can be told."""
-    damaged = (
-        next((file for file in sorted(Path(path).rglob("*.safetensors")) if not _readable(file)), None)
-        if Path(path).is_dir()
-        else None
-    )
+    damaged = first_damaged(Path(path))
     if damaged is not None:
         return f"{model}: {damaged.relative_to(path)} is truncated or damaged. Copy or download it again."
     return f"{model}: cannot be loaded ({type(error).__name__}: {_one_line(error)})."
@@ -370,21 +366,6 @@ def _explain(model: str, path: str, error: Exception) -> str:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:300]
-
-
-def _readable(file: Path) -> bool:
-    """Whether the header of a safetensors file accounts for every byte of it."""
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        size = file.stat().st_size
-        if length > size - 8:
-            return False
-        try:
-            header = json.loads(stream.read(length))
-        except ValueError:
-            return False
-    ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    return bool(size == 8 + length + max(ends, default=0))
 
 
 def _check_weights(pipeline: Pipeline) -> None:
