@@ -11,7 +11,7 @@ demo: venv
 	$(BIN)/python examples/demo.py $(TASK)
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 check: venv
 	$(BIN)/ruff check .

@@ -310,9 +310,10 @@ def test_what_a_measurement_leaves_of_the_limit_is_given_back(run: tuple[Pipelin
     machine = SlowMachine(scores.operators, overhead=0.1)
     monkeypatch.setattr(planning._Search, "_measure", machine.measure)
     budgets = (0.5, 0.6, 0.7, 0.8)
-    lean = [planning.plan(pipeline, scores, {"latency": f"{budget:.0%}"}) for budget in budgets]
+    asked: list[dict[str, str | float]] = [{"latency": f"{budget:.0%}"} for budget in budgets]
+    lean = [planning.plan(pipeline, scores, budget, selection="order") for budget in asked]
     monkeypatch.setattr(planning._Search, "_given_back", lambda _, best, *rest: best)
-    greedy = [planning.plan(pipeline, scores, {"latency": f"{budget:.0%}"}) for budget in budgets]
+    greedy = [planning.plan(pipeline, scores, budget, selection="order") for budget in asked]
     for budget, kept in zip(budgets, lean, strict=True):
         assert kept.measured is not None
         assert kept.measured.ratio.value <= budget
