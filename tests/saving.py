@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from conftest import PROBE
 from ldpruner import Edit, Plan, discover
-from ldpruner.operators.discovery import find_dead
+from ldpruner.operators.discovery import DeadCode
 from ldpruner.pipelines import _DTYPE, Pipeline
 from ldpruner.workflow import Pruned
 
@@ -130,7 +130,7 @@ def plan_for(pipeline: Pipeline, chosen: Chosen) -> Plan:
     call = pipeline.call(PROBE)
     operators = discover(pipeline.denoiser, call, timing_repeats=0)
     edits = [Edit(operator=name, replacement=how, options=operators[name].candidate(how).options) for name, how in chosen.items()]
-    edits = list(find_dead(pipeline.denoiser, call, operators, edits))
+    edits = list(DeadCode(pipeline.denoiser, call, operators).completed(edits))
     return Plan(model=operators.model, denoiser=operators.denoiser, edits=tuple(edits), probe=PROBE)
 
 

@@ -246,7 +246,7 @@ class SlowMachine:
         self.overhead = overhead
         self.asked = 0
 
-    def measure(self, plan: Plan, _: object) -> Comparison:
+    def measure(self, plan: Plan) -> Comparison:
         self.asked += 1
         chosen = [edit for edit in plan.edits if edit.reason == "chosen"]
         kept = {edit.operator: self.operators[edit.operator].candidate(edit.replacement) for edit in chosen}
@@ -276,8 +276,8 @@ def test_a_reading_just_above_the_limit_removes_a_little_more_and_not_everything
     limit = shares[place - 1] - 0.001  # a gap lies below: every aim in it gives the choice at `place`
     machine = SlowMachine(scores.operators, overhead=0.0)
 
-    def measure(plan: Plan, call: object) -> Comparison:
-        ratio = machine.measure(plan, call).ratio
+    def measure(plan: Plan) -> Comparison:
+        ratio = machine.measure(plan).ratio
         slow = replace(ratio, value=max(ratio.value, limit + 0.0005) if ratio.value > shares[place] - 1e-9 else ratio.value)
         return Comparison(first=slow, second=slow, ratio=slow)
 

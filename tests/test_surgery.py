@@ -9,7 +9,7 @@ from torch import nn
 from conftest import PROBE
 from ldpruner import Edit, Plan, discover, prune_, trial
 from ldpruner.ldpruner_v1 import Identity, Pointwise, Shortcut, Zero
-from ldpruner.operators.discovery import find_dead
+from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.tracing import weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
@@ -26,7 +26,7 @@ WANTED = {
 @pytest.fixture
 def plan(ldm: Pipeline, operators: Operators) -> Plan:
     edits = [Edit(operator=n, replacement=r, options=operators[n].candidate(r).options) for n, r in WANTED.items()]
-    complete = find_dead(ldm.denoiser, ldm.call(PROBE), operators, edits)
+    complete = DeadCode(ldm.denoiser, ldm.call(PROBE), operators).completed(edits)
     return Plan(model=operators.model, denoiser=operators.denoiser, edits=complete)
 
 
@@ -75,7 +75,7 @@ def test_operators_can_die_of_several_edits_together(ldm: Pipeline, operators: O
         if c.replacement in {"identity", "shortcut"}
     ]
     assert all(o.candidate(e.replacement).dead == () for o, e in zip(resnets, edits, strict=True)), "none dies of one edit alone"
-    complete = find_dead(ldm.denoiser, ldm.call(PROBE), operators, edits)
+    complete = DeadCode(ldm.denoiser, ldm.call(PROBE), operators).completed(edits)
     assert [edit.operator for edit in complete if edit.reason == "dead"] == ["time_embedding"]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ldpruner.benchmarking import Comparison, compare_calls
 from ldpruner.errors import BudgetError, RunError
-from ldpruner.operators.discovery import find_dead
+from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Budget, Edit, Plan, Quantity, Repairing, corrected, parse_budgets
@@ -75,8 +75,11 @@ def plan(
         REPLACEMENTS[name]
     scores = [entry for entry in run.scores if replacements is None or entry.replacement in replacements]
     targets: Targets = {b.quantity: b.share(run.operators.total) for b in budgets}
+    call = pipeline.call(run.probe)
     search = _Search(
         pipeline=pipeline,
+        call=call,
+        dead_code=DeadCode(pipeline.denoiser, call, run.operators),
         run=replace(run, scores=tuple(scores)),
         budgets=budgets,
         selection=selection,
@@ -169,6 +172,8 @@ def _first(aims: Sequence[float], limit: float) -> int:
 @dataclass(frozen=True, kw_only=True)
 class _Search:
     pipeline: Pipeline
+    call: Call
+    dead_code: DeadCode
     run: Run
     budgets: tuple[Budget, ...]
     selection: str
@@ -182,13 +187,13 @@ class _Search:
 
     def predicted(self, targets: Targets) -> Plan:
         """The plan that is predicted to meet the targets; nothing is measured."""
-        return self._plan(self._choose(targets), self._call())
+        return self._plan(self._choose(targets))
 
     def counted(self, targets: Targets) -> Planned:
         choice = self._choose(targets)
         if choice.exhausted:
             raise self._out_of_reach(targets, choice.predicted)
-        return Planned(plan=self._plan(choice, self._call()), measured=None)
+        return Planned(plan=self._plan(choice), measured=None)
 
     def measured(self, targets: Targets, *, attempts: int = 10) -> Planned:
         """Search the choices from the least removed to the most for the first that measures fast enough.
@@ -197,14 +202,14 @@ class _Search:
         the smallest that was fast enough. It ends with a choice that is near enough, with no choice left in between, or after
         `attempts` plans of which one was fast enough. Where that one is faster than it need be, some of it is given back.
         """
-        call, limit = self._call(), targets["latency"]
+        limit = targets["latency"]
         aims = [1.0, *reachable(self.run.operators, self.run.scores, "latency", selection=self.selection, priors=self.priors)]
         too_slow, fast_enough, step = -1, len(aims), 1
         best: Planned | None = None
         place, tries = _first(aims, limit), 0
         while fast_enough - too_slow > 1 and (best is None or tries < attempts):
             choice, tries = self._choose({**targets, "latency": aims[place]}), tries + 1
-            tried = self._try(choice, call, limit)
+            tried = self._try(choice, limit)
             reached = _ratio(tried)
             log.info("choice %d of %d: predicted %.3f, measured %.3f", place + 1, len(aims), choice.predicted["latency"], reached)
             if reached <= limit and self._counts_hold(choice, targets):
@@ -218,11 +223,11 @@ class _Search:
                 proposed, step = max(proposed, too_slow + step), 2 * step
             place = min(max(proposed, too_slow + 1), fast_enough - 1)
         if best is None:
-            return self._everything(targets, call)
+            return self._everything(targets)
         above = aims[fast_enough - 1] if fast_enough else 1.0
-        return self._given_back(best, targets, (aims[fast_enough], above), call)
+        return self._given_back(best, targets, (aims[fast_enough], above))
 
-    def _given_back(self, best: Planned, targets: Targets, span: tuple[float, float], call: Call) -> Planned:
+    def _given_back(self, best: Planned, targets: Targets, span: tuple[float, float]) -> Planned:
         """A plan with less removed that is still fast enough, where the choice just above it is too slow for `best` to grow.
 
         `span` holds the predicted shares of the two choices. What is left of the limit is offered whole, then half of it.
@@ -233,32 +238,32 @@ class _Search:
             if _ratio(best) > CLOSE * targets["latency"] or offered <= taken:
                 break
             choice = self._choose({**targets, "latency": taken + share * (offered - taken)})
-            tried = self._try(choice, call, targets["latency"])
+            tried = self._try(choice, targets["latency"])
             log.info("given back: predicted %.3f, measured %.3f", choice.predicted["latency"], _ratio(tried))
             if _ratio(tried) <= targets["latency"] and self._counts_hold(choice, targets):
                 return tried
         return best
 
-    def _try(self, choice: Choice, call: Call, limit: float) -> Planned:
+    def _try(self, choice: Choice, limit: float) -> Planned:
         """The plan of a choice with its measurement; one that was measured before keeps what was measured then.
 
         A reading below the limit is taken again and the second one counts: the first was picked for being low.
         """
-        made = self._plan(choice, call)
+        made = self._plan(choice)
         for planned in self.seen:
             if planned.plan.edits == made.edits:
                 return replace(planned, plan=made)
-        comparison = self._measure(made, call)
+        comparison = self._measure(made)
         if comparison.ratio.value <= limit:
-            comparison = self._measure(made, call)
+            comparison = self._measure(made)
         self.seen.append(Planned(plan=made, measured=comparison))
         return self.seen[-1]
 
-    def _everything(self, targets: Targets, call: Call) -> Planned:
+    def _everything(self, targets: Targets) -> Planned:
         """All that can go, where the last choice was still too slow. Raises `BudgetError` where a second reading agrees."""
         choice = self._choose(dict.fromkeys(targets, 0.0))
-        made = self._plan(choice, call)
-        comparison = self._measure(made, call)
+        made = self._plan(choice)
+        comparison = self._measure(made)
         reached = {**choice.predicted, "latency": comparison.ratio.value}
         if any(reached[quantity] > target for quantity, target in targets.items()):
             raise self._out_of_reach(targets, reached)
@@ -271,11 +276,8 @@ class _Search:
     def _choose(self, targets: Targets) -> Choice:
         return choose(self.run.operators, self.run.scores, targets, selection=self.selection, priors=self.priors)
 
-    def _call(self) -> Call:
-        return self.pipeline.call(self.run.probe)
-
-    def _plan(self, choice: Choice, call: Call) -> Plan:
-        edits = find_dead(self.pipeline.denoiser, call, self.run.operators, choice.edits)
+    def _plan(self, choice: Choice) -> Plan:
+        edits = self.dead_code.completed(choice.edits)
         return Plan(
             model=self.run.operators.model,
             denoiser=self.run.operators.denoiser,
@@ -287,10 +289,10 @@ class _Search:
             repair=self.repair,
         )
 
-    def _measure(self, made: Plan, call: Call) -> Comparison:
+    def _measure(self, made: Plan) -> Comparison:
         original = self.pipeline.denoiser
         pruned = pruned_view(original, made.edits, self.run.fitted)
-        return compare_calls(original, pruned, call, rounds=self.rounds)
+        return compare_calls(original, pruned, self.call, rounds=self.rounds)
 
     def _out_of_reach(self, targets: Targets, reached: Mapping[Quantity, float]) -> BudgetError:
         missed = {quantity: target for quantity, target in targets.items() if reached[quantity] > target}

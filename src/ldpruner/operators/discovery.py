@@ -63,30 +63,40 @@ def with_times(operators: Operators, denoiser: nn.Module, call: Call, *, repeats
     return replace(operators, total=total, operators=tuple(timed(operator) for operator in operators.operators))
 
 
-def find_dead(denoiser: nn.Module, call: Call, operators: Operators, edits: Sequence[Edit]) -> tuple[Edit, ...]:
-    """The edits, and those that take away what they leave without a use, one by one or jointly.
+class DeadCode:
+    """Finds what edits leave without a use. The denoiser is traced once, and once for every set of edits that is asked about."""
 
-    The pruned skeleton is traced: what runs in a dead operator no longer leads to the output.
-    """
-    skeleton, dry = meta_copy(denoiser), call.to("meta")
-    before = trace(skeleton, dry)
-    install(skeleton, {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in edits})
-    after = trace(skeleton.to("meta"), dry)
-    alive_before, alive = before.dataflow.reaching(), after.dataflow.reaching()
-    gone = [edit.operator for edit in edits]
-    dead = [
-        operator.name
-        for operator in operators.operators
-        if operator.if_dead
-        and operator.name in after.modules
-        and not any(within(operator.name, path) for path in gone)
-        and alive_before.intersection(before.modules[operator.name].operations)
-        and not alive.intersection(after.modules[operator.name].operations)
-    ]
-    found = set(outermost(dead))
-    kept = [edit for edit in edits if not any(within(edit.operator, path) for path in found)]
-    by_name = {edit.operator: edit for edit in kept} | {name: dead_edit(operators[name]) for name in found}
-    return tuple(by_name[operator.name] for operator in operators.operators if operator.name in by_name)
+    def __init__(self, denoiser: nn.Module, call: Call, operators: Operators) -> None:
+        self.denoiser = denoiser
+        self.call = call.to("meta")
+        self.operators = operators
+        self._found: dict[frozenset[tuple[str, str]], frozenset[str]] = {}
+        can_die = {operator.name for operator in operators.operators if operator.if_dead}
+        self._used = can_die & _reaching(trace(meta_copy(denoiser), self.call))
+
+    def completed(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
+        """The edits, and those that take away what they leave without a use, one by one or jointly."""
+        found = self._found_with(edits)
+        kept = [edit for edit in edits if not any(within(edit.operator, path) for path in found)]
+        by_name = {edit.operator: edit for edit in kept} | {name: dead_edit(self.operators[name]) for name in found}
+        return tuple(by_name[operator.name] for operator in self.operators.operators if operator.name in by_name)
+
+    def _found_with(self, edits: Sequence[Edit]) -> frozenset[str]:
+        """The outermost operators that die. The pruned skeleton is traced: what runs in them no longer leads to the output."""
+        key = frozenset((edit.operator, edit.replacement) for edit in edits)
+        if key not in self._found:
+            skeleton = meta_copy(self.denoiser)
+            install(skeleton, {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in edits})
+            after = trace(skeleton.to("meta"), self.call)
+            left = (self._used & after.modules.keys()) - _reaching(after)
+            self._found[key] = frozenset(outermost(n for n in left if not any(within(n, edit.operator) for edit in edits)))
+        return self._found[key]
+
+
+def _reaching(traced: Trace) -> set[str]:
+    """The modules in which something runs that leads to the output."""
+    reaching = traced.dataflow.reaching()
+    return {name for name, entry in traced.modules.items() if reaching.intersection(entry.operations)}
 
 
 @dataclass
