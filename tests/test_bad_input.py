@@ -124,11 +124,11 @@ def test_a_budget_out_of_reach_says_what_can_be_reached_and_keeps_the_scores(
 ) -> None:
     monkeypatch.setattr(PaperScorer, "scores", lambda *_, **__: pytest.fail("what was scored is scored again"))
     asked = ("prune", "ldm", "--run", copied("run", tmp_path), *PROBING, "--out")
-    message = refused(*asked, "out", "--budget", "params=1%")
-    floor = message.removeprefix("params 1% cannot be met: all 89 removable operators together reach params ").partition("%")[0]
+    message = refused(*asked, "out", "--budget", "params=0.1%")
+    floor = message.removeprefix("params 0.1% cannot be met: all 89 removable operators together reach params ").partition("%")[0]
     assert message.endswith("%. Ask for that or more, or allow more replacements.")
-    assert 1 < float(floor) < 10
-    assert refused("plan", "run", "--out", "out", "--budget", "params=1%") == message
+    assert 0.1 < float(floor) < 10
+    assert refused("plan", "run", "--out", "out", "--budget", "params=0.1%") == message
     code, _, _ = command(*asked, tmp_path / "out", "--budget", f"params={float(floor) + 0.1}%")
     assert code == 0
 

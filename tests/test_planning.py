@@ -11,55 +11,24 @@ import pytest
 import torch
 
 from conftest import PROBE
+from invented import chosen, operator, operators, scored
 from ldpruner import Plan, benchmarking, planning, prune, score
 from ldpruner.benchmarking import Comparison
 from ldpruner.errors import RunError, UnknownNameError
 from ldpruner.operators.tracing import count_macs
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Budget, Candidate, Cost, Operator, Operators, Repairing, Score
+from ldpruner.plans import Budget, Cost, Operators, Repairing
 from ldpruner.record import Measurement
 from ldpruner.recovery import closed_form
 from ldpruner.recovery.activations import fitting_calls
 from ldpruner.scoring import Run
 from ldpruner.scoring.latent import latent_shift
-from ldpruner.selection import RANKINGS, choose, predict, rankings_of, reachable
+from ldpruner.selection import choose, predict, reachable, selections_of
 from ldpruner.surgery import prune as cut
 from ldpruner.surgery import pruned_view
 
-ZERO = {"returns": [], "many": False}
-
-
-def operator(name: str, ms: float, *replacements: str, dead: tuple[str, ...] = (), stand_in_ms: float = 0.0) -> Operator:
-    """An operator that costs `ms` milliseconds, as many parameters, and twice as many MACs."""
-    return Operator(
-        name=name,
-        kind="Conv2d",
-        input_shape=(1,),
-        output_shape=(1,),
-        cost=Cost(params=int(ms), macs=int(2 * ms), latency_ms=ms),
-        parent=None,
-        candidates=tuple(
-            Candidate(replacement=r, options=ZERO, cost=Cost(latency_ms=stand_in_ms if r == "pointwise" else 0.0), dead=dead)
-            for r in replacements
-        ),
-        if_dead=ZERO,
-    )
-
-
-def operators(*given: Operator) -> Operators:
-    return Operators(model="m", denoiser="D", total=Cost(params=100, macs=200, latency_ms=100.0), device="cpu", operators=given)
-
-
-def scored(*values: tuple[str, str, float]) -> list[Score]:
-    return [Score(operator=o, replacement=r, score=s, mean_shift=s, std_shift=0.0, seconds=0.0) for o, r, s in values]
-
-
 PLAIN = operators(operator("a", 10, "identity"), operator("b", 30, "identity"), operator("c", 20, "identity"))
 SCORES = scored(("a", "identity", 1.0), ("b", "identity", 6.0), ("c", "identity", 3.0))
-
-
-def chosen(choice: object) -> list[str]:
-    return [edit.operator for edit in choice.edits]  # type: ignore[attr-defined]
 
 
 def test_order_takes_the_lowest_scores_until_the_budget_is_met() -> None:
@@ -75,13 +44,14 @@ def test_ratio_takes_the_lowest_score_per_saving() -> None:
     assert chosen(choose(PLAIN, cheap, {"latency": 0.65}, selection="order")) == ["a", "b"]
 
 
-def test_a_power_of_the_score_lies_between_ratio_and_order() -> None:
-    some = scored(("a", "identity", 1.0), ("b", "identity", 2.9), ("c", "identity", 1.9))
-    taken = [chosen(choose(PLAIN, some, {"latency": 0.75}, selection=name)) for name in ("ratio", "power-2", "order")]
-    assert taken == [["b"], ["a", "c"], ["a", "c"]], "0.095, 0.097, 0.1 a unit saved; squared 0.18, 0.28, 0.1"
-    assert rankings_of("sweep") == tuple(RANKINGS)
+def test_a_sweep_goes_by_every_order_and_every_objective() -> None:
+    told = [replace(entry, output_error=1.0) for entry in SCORES]
+    of_score = ("order", "exact", "exact-2", "exact-3")
+    assert selections_of("sweep", SCORES) == of_score
+    assert set(selections_of("sweep", told)) == {f"{prefix}{name}" for prefix in ("", "error-", "both-") for name in of_score}
+    assert selections_of("ratio") == ("ratio",)
     with pytest.raises(UnknownNameError, match="selection 'sweap' is unknown: did you mean sweep"):
-        rankings_of("sweap")
+        selections_of("sweap")
 
 
 def test_a_second_opinion_ranks_by_the_error_of_the_output_or_by_both() -> None:
@@ -89,8 +59,6 @@ def test_a_second_opinion_ranks_by_the_error_of_the_output_or_by_both() -> None:
     told = tuple(replace(entry, output_error=error) for entry, error in zip(by_score, (4.0, 2.0, 0.01), strict=True))
     first = [chosen(choose(PLAIN, told, {"latency": 0.95}, selection=name)) for name in ("order", "error-order", "both-order")]
     assert first == [["a"], ["c"], ["c"]], "1, 4, 9; 4, 2, 0.01; and their geometric means 2, 2.8, 0.3"
-    assert rankings_of("sweep", told) == tuple(RANKINGS)
-    assert rankings_of("sweep", by_score) == ("order", "ratio", "power-1.25", "power-1.5", "power-2", "power-3")
     with pytest.raises(RunError, match="these scores hold no output error"):
         choose(PLAIN, by_score, {"latency": 0.9}, selection="both-ratio")
 
@@ -176,7 +144,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Run]:
     return pipeline, score(pipeline, PROBE, operators=ldm_operators(), out=tmp_path_factory.mktemp("run"))
 
 
-@pytest.mark.parametrize("selection", ["order", "ratio", "power-1.25", "power-3", "error-order", "both-power-2"])
+@pytest.mark.parametrize("selection", ["order", "ratio", "exact", "error-order", "both-exact-3"])
 @pytest.mark.parametrize("budget", [{"macs": "70%"}, {"params": "60%"}, {"macs": "80%", "params": "70%"}])
 def test_a_counted_budget_holds_exactly_on_the_pruned_model(
     run: tuple[Pipeline, Run], budget: dict[str, str], selection: str
@@ -200,7 +168,10 @@ def test_a_sweep_takes_the_plan_that_shifts_least_and_of_those_alike_the_shortes
 ) -> None:
     pipeline, scores = run
     budget = {"params": "60%"}
-    plans = [planning.plan(pipeline, scores, budget, selection=name, repair=repair).plan for name in RANKINGS]
+    plans = [
+        planning.plan(pipeline, scores, budget, selection=name, repair=repair).plan
+        for name in selections_of("sweep", scores.scores)
+    ]
     monkeypatch.setattr(planning, "FINALISTS", len(plans))
     calls = fitting_calls(pipeline, scores.probe, count=planning.RANKED_ON)
     judged = replace(scores.probe, samples=planning.JUDGED_ON, seed=scores.probe.seed + planning.APART)
@@ -226,16 +197,25 @@ def test_a_sweep_measures_the_plans_that_shift_least_before_repair(
     pipeline, scores = run
     monkeypatch.setattr(planning, "FINALISTS", 1)
     repaired = planning.plan(pipeline, scores, {"params": "60%"}, repair="closed-form").plan
-    monkeypatch.setattr(planning, "FINALISTS", len(RANKINGS))
+    monkeypatch.setattr(planning, "FINALISTS", len(selections_of("sweep", scores.scores)))
     monkeypatch.setattr(planning, "ALIKE", 1.0)
     bare = planning.plan(pipeline, scores, {"params": "60%"}).plan
     assert [(edit.operator, edit.replacement) for edit in repaired.edits] == [(e.operator, e.replacement) for e in bare.edits]
 
 
+def test_even_the_plan_that_leaves_least_runs(run: tuple[Pipeline, Run]) -> None:
+    """Whole blocks die with it, of which the denoiser asks the parts; their place is held part by part."""
+    pipeline, scores = run
+    choice = choose(scores.operators, scores.scores, {"params": 0.0}, selection="exact")
+    assert any(edit.reason == "dead" for edit in choice.edits)
+    call = pipeline.call(PROBE)
+    assert torch.isfinite(call.run(pruned_view(pipeline.denoiser, choice.edits, scores.fitted)).sample).all()
+
+
 def test_a_budget_out_of_reach_says_what_can_be_reached(run: tuple[Pipeline, Run]) -> None:
     pipeline, scores = run
-    with pytest.raises(ValueError, match=r"params 1% cannot be met: all \d+ removable operators together reach params \d+\.\d%"):
-        planning.plan(pipeline, scores, {"params": "1%"})
+    with pytest.raises(ValueError, match=r"params 0.1% cannot be met: all \d+ removable operators together reach params \d+\.\d%"):
+        planning.plan(pipeline, scores, {"params": "0.1%"})
 
 
 class SlowMachine:

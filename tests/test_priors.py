@@ -5,13 +5,12 @@ from __future__ import annotations
 import pytest
 
 from conftest import PROBE
+from invented import ZERO, chosen
 from ldpruner import planning, score
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Candidate, Cost, Operator, Operators, Score
-from ldpruner.selection import Choice, Priors, choose
+from ldpruner.selection import Priors, choose
 from ldpruner.selection.priors import stages
-
-ZERO = {"returns": [], "many": False}
 
 
 def block(name: str, ms: float, stage: str, *, of: str = "") -> Operator:
@@ -41,10 +40,6 @@ def scores(operators: Operators, *values: float) -> list[Score]:
         Score(operator=o.name, replacement="identity", score=v, seconds=0.0)
         for o, v in zip(operators.operators, values, strict=True)
     ]
-
-
-def chosen(choice: Choice) -> list[str]:
-    return [edit.operator for edit in choice.edits]
 
 
 RISING = scores(FOUR, 1, 2, 3, 4, 5, 6, 7)

@@ -21,7 +21,7 @@ from ldpruner.recovery.closed_form import repair as fit_together
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring import Run
 from ldpruner.scoring.latent import latent_shift
-from ldpruner.selection import SWEEP, Choice, Priors, choose, rankings_of, reachable
+from ldpruner.selection import SWEEP, Choice, Priors, choose, reachable, selections_of
 from ldpruner.selection.choice import FREE
 from ldpruner.surgery import Fitted, pruned_view
 
@@ -87,7 +87,7 @@ def plan(
         repair=repair,
         rounds=rounds,
     )
-    searches = [replace(search, selection=name) for name in rankings_of(selection, scores)]
+    searches = [replace(search, selection=name) for name in selections_of(selection, scores)]
     if len(searches) == 1:
         return search.planned(targets)
     judge = _Judge.of(pipeline, run, batch_size)

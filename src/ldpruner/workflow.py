@@ -27,7 +27,7 @@ from ldpruner.recovery.closed_form import repair as fit_together
 from ldpruner.scoring import score
 from ldpruner.scoring.engine import Progress
 from ldpruner.scoring.latent import latent_shift
-from ldpruner.selection import SWEEP, Priors, rankings_of
+from ldpruner.selection import SWEEP, Priors, selections_of
 from ldpruner.selection.choice import FREE
 
 log = logging.getLogger(__name__)
@@ -112,7 +112,7 @@ def prune(
         return apply(pipeline, plan if isinstance(plan, Plan) else Plan.load(Path(plan)), batch_size=batch_size)
     assert budget is not None
     parse_budgets(budget)  # what is misspelt raises now, not after hours of scoring
-    rankings_of(selection)
+    selections_of(selection)
     scored = score(
         pipeline,
         probe or Probe(),

@@ -109,10 +109,15 @@ class _Survey:
 
     def operators(self) -> list[Operator]:
         once = [entry for entry in self.trace.modules.values() if entry.calls == 1 and _does_something(entry)]
-        self.zeros = {entry.name: zeros_like_output(entry) for entry in once if _params(entry.module)}
+        self.zeros = {entry.name: self._when_dead(entry) for entry in once if _params(entry.module)}
         self.alive = self.trace.dataflow.reaching()
         found = [operator for operator in map(self._operator, once) if operator.candidates or operator.if_dead]
         return _with_parents(_with_stages(found, stage_of_blocks(self.skeleton, self.trace.modules)))
+
+    def _when_dead(self, entry: Traced) -> dict[str, Any] | None:
+        """Options of the `zero` that can hold its place; None where the module around asks more of it, such as its parts."""
+        options = zeros_like_output(entry)
+        return options if options is not None and self._runs(entry, build("zero", options, entry.module)) else None
 
     def _operator(self, entry: Traced) -> Operator:
         return Operator(
@@ -132,7 +137,8 @@ class _Survey:
     def _candidates(self, entry: Traced) -> Iterator[Candidate]:
         for name in REPLACEMENTS:
             options = REPLACEMENTS[name](entry)
-            if options is not None and self._runs(entry, build(name, options, entry.module)):
+            tried = name == "zero" and options == self.zeros.get(entry.name)
+            if options is not None and (tried or self._runs(entry, build(name, options, entry.module))):
                 yield Candidate(
                     replacement=name,
                     options=options,

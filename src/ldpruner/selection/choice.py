@@ -1,17 +1,20 @@
-"""From ranked options to a set of edits that meets its targets, as predicted from the operators' costs."""
+"""From options to a set of edits that meets its targets, as predicted from the operators' costs."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ldpruner.errors import BudgetError, RunError
 from ldpruner.plans import QUANTITIES, Candidate, Cost, Edit, Operator, Operators, Quantity, Score, dead_edit, outermost, within
+from ldpruner.selection.exact import solve
 from ldpruner.selection.priors import Priors
-from ldpruner.selection.rankings import RANKINGS, Option
+from ldpruner.selection.rankings import OBJECTIVES, RANKINGS, Option
 
 Chosen = dict[str, Candidate]  # operator -> its replacement
 FREE = Priors()
+STEP = 0.0025  # between the targets that a search tries with an objective
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,35 +34,52 @@ def choose(
     selection: str = "order",
     priors: Priors = FREE,
 ) -> Choice:
-    """Accept options in the ranking's order until every target (a share of the original) is predicted to be met.
+    """The replacements with which every target (a share of the original) is predicted to be met, by a ranking or an objective.
 
-    A block and its parts are never both replaced: what saves more of the quantity that is still over target stays. What
-    `priors` do not allow beside what is chosen already is passed over. The last option often saves more than was lacking: what
-    the targets hold without is then given back, last of the ranking first, which the paper does not do. Raises `RunError` where
-    scores are missing.
+    A block and its parts are never both replaced. Raises `RunError` where scores are missing.
     """
-    chosen = Chosen()
-    for chosen, _ in _steps(operators, scores, targets, selection, priors):  # noqa: B007  the last step is what counts
-        pass
-    chosen = _needed(chosen, operators, scores, targets, selection)
+    if selection in OBJECTIVES:
+        options = _options(operators, scores)
+        chosen = solve(operators, options, targets, objective=OBJECTIVES[selection], priors=priors)
+    else:
+        chosen = _accepted(operators, scores, targets, selection, priors)
     left = predict(operators, chosen)
     predicted = {quantity: share(left, operators.total, quantity) for quantity in QUANTITIES if operators.total.of(quantity)}
     return Choice(
         edits=_edits(operators, chosen, {entry.key: entry.score for entry in scores}),
         predicted=predicted,
-        exhausted=any(predicted[quantity] > target for quantity, target in targets.items()),
+        exhausted=any(predicted[quantity] > target + 1e-9 for quantity, target in targets.items()),
     )
 
 
 def reachable(
     operators: Operators, scores: Sequence[Score], quantity: Quantity, *, selection: str = "order", priors: Priors = FREE
 ) -> list[float]:
-    """The shares of a quantity that options taken one after the other end at: each below the one before it.
+    """The targets, falling, at which a selection takes other options, down to the least share that it can reach.
 
-    For a target from one of them up to the one before, `choose` takes the same options, and gives back what the target allows.
+    Of a ranking, these are the shares that options taken one after the other end at: for a target from one of them up to the one
+    before, `choose` takes the same options, and gives back what the target allows. Of an objective: steps of `STEP`.
     """
-    steps = _steps(operators, scores, {quantity: 0.0}, selection, priors)
-    return [share(left, operators.total, quantity) for _, left in steps]
+    if selection not in OBJECTIVES:
+        steps = _steps(operators, scores, {quantity: 0.0}, selection, priors)
+        return [share(left, operators.total, quantity) for _, left in steps]
+    least = choose(operators, scores, {quantity: 0.0}, selection=selection, priors=priors).predicted[quantity]
+    return [1 - STEP * step for step in range(1, math.ceil((1 - least) / STEP))] + [least]
+
+
+def _accepted(
+    operators: Operators, scores: Sequence[Score], targets: Mapping[Quantity, float], selection: str, priors: Priors
+) -> Chosen:
+    """Options, first of the ranking first, until every target is met.
+
+    Of a block and its parts, what saves more of the quantity that is still over target stays. What `priors` do not allow beside
+    what is chosen already is passed over. The last option often saves more than was lacking: what the targets hold without is
+    then given back, last of the ranking first, which the paper does not do.
+    """
+    chosen = Chosen()
+    for chosen, _ in _steps(operators, scores, targets, selection, priors):  # noqa: B007  the last step is what counts
+        pass
+    return _needed(chosen, operators, scores, targets, selection)
 
 
 def _steps(

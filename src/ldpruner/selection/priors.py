@@ -48,20 +48,18 @@ class Priors:
         return ", ".join(f"{name}={value:g}" for name, value in vars(self).items() if value != getattr(free, name))
 
     def _well_placed(self, chosen: Chosen, blocks: list[str]) -> bool:
-        touched = [place for place, block in enumerate(blocks) if _touches(chosen, block)]
+        touched = [place for place, block in enumerate(blocks) if touches(chosen, block)]
         inner = range(self.protect_ends, len(blocks) - self.protect_ends)
         return all(place in inner for place in touched) and all(b - a > self.apart for a, b in itertools.pairwise(touched))
 
     def _under_cap(self, chosen: Chosen, stage: str, operators: Operators, quantity: Quantity) -> bool:
         if self.stage_cap >= 1:
             return True
-        costs = {operator.name: operator.cost.of(quantity) for operator in operators.operators}
-        names = [operator.name for operator in operators.operators if operator.stage == stage]
-        whole = sum(costs[name] for name in outermost(names))
         if any(within(stage, name) for name in chosen):
             return False
-        going = sum(costs[name] - candidate.cost.of(quantity) for name, candidate in chosen.items() if within(name, stage))
-        return going <= self.stage_cap * whole
+        inside = [(operators[name].cost, candidate.cost) for name, candidate in chosen.items() if within(name, stage)]
+        going = sum(cost.of(quantity) - added.of(quantity) for cost, added in inside)
+        return going <= self.stage_cap * stage_cost(operators, stage, quantity)
 
 
 def stages(operators: Operators) -> dict[str, list[str]]:
@@ -73,5 +71,12 @@ def stages(operators: Operators) -> dict[str, list[str]]:
     return found
 
 
-def _touches(chosen: Iterable[str], path: str) -> bool:
+def stage_cost(operators: Operators, stage: str, quantity: Quantity) -> float:
+    """What the operators of a stage cost together."""
+    costs = {operator.name: operator.cost.of(quantity) for operator in operators.operators if operator.stage == stage}
+    return sum(costs[name] for name in outermost(costs))
+
+
+def touches(chosen: Iterable[str], path: str) -> bool:
+    """Whether something chosen is the path, lies in it or holds it."""
     return any(within(name, path) or within(path, name) for name in chosen)

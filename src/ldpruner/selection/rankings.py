@@ -1,4 +1,4 @@
-"""In which order replacements are accepted until a budget is met."""
+"""What a selection goes by: an order in which replacements are accepted until a budget is met, or a sum to be made small."""
 
 from __future__ import annotations
 
@@ -21,10 +21,24 @@ class Option:
     saves: dict[Quantity, float]
 
 
-Ranking = Callable[[Sequence[Option], Quantity], list[Option]]
 Value = Callable[[Option], float]
+Ranking = Callable[[Sequence[Option], Quantity], list[Option]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Objective:
+    """The sum of value^power, to be made as small as the budgets allow.
+
+    With power 1 harms add up, with 2 they do as errors that know nothing of each other; the higher the power, the more the worst
+    one counts, and the nearer it comes to the order of values.
+    """
+
+    value: Value
+    power: float
+
 
 RANKINGS: Registry[Ranking] = Registry("selection")
+OBJECTIVES: Registry[Objective] = Registry("selection")
 
 
 def shift(option: Option) -> float:
@@ -53,37 +67,35 @@ def _lowest(value: Value) -> Ranking:
     return rank
 
 
-def _per_saving(value: Value, power: float) -> Ranking:
-    """The lowest value^power per unit saved first.
-
-    With power 1 this is the greedy rule for a knapsack whose values are scores (Dantzig, 1957). Errors that know nothing of each
-    other add up by their squares, which is power 2; the higher the power, the nearer to the order of values. Ours.
-    """
+def _per_saving(value: Value) -> Ranking:
+    """The lowest value per unit saved first, the greedy rule for a knapsack whose values are scores (Dantzig, 1957)."""
 
     def rank(options: Sequence[Option], quantity: Quantity) -> list[Option]:
         def cost(option: Option) -> float:
-            return float(value(option) ** power) / option.saves[quantity]
+            return value(option) / option.saves[quantity]
 
         return sorted(options, key=lambda option: (cost(option), -option.saves[quantity], option.score.key))
 
     return rank
 
 
-SECOND = ("error-", "both-")  # before the names of rankings that need the output error
+SECOND = ("error-", "both-")  # before the names of selections that need the output error
 for _prefix, _value in {"": shift, "error-": error, "both-": both}.items():
     RANKINGS.register(f"{_prefix}order")(_lowest(_value))
-    RANKINGS.register(f"{_prefix}ratio")(_per_saving(_value, 1.0))
-    for _power in (1.25, 1.5, 2.0, 3.0):
-        RANKINGS.register(f"{_prefix}power-{_power:g}")(_per_saving(_value, _power))
+    RANKINGS.register(f"{_prefix}ratio")(_per_saving(_value))
+    for _name, _power in {"exact": 1.0, "exact-2": 2.0, "exact-3": 3.0}.items():
+        OBJECTIVES.register(f"{_prefix}{_name}")(Objective(value=_value, power=_power))
 
-SWEEP = "sweep"  # plans by every ranking; the one with the least joint latent shift is taken
+SWEEP = "sweep"  # a plan by every objective and every order; the one with the least joint latent shift is taken
 
 
-def rankings_of(selection: str, scores: Iterable[Score] = ()) -> tuple[str, ...]:
-    """The rankings that a selection tries on scores. Raises `UnknownNameError` with the nearest known name."""
+def selections_of(selection: str, scores: Iterable[Score] = ()) -> tuple[str, ...]:
+    """What a selection tries on scores. Raises `UnknownNameError` with the nearest known name."""
     if selection == SWEEP:
         whole = all(entry.output_error is not None for entry in scores)
-        return tuple(name for name in RANKINGS if whole or not name.startswith(SECOND))
-    if selection not in RANKINGS:
-        raise UnknownNameError(f"selection {selection!r} is unknown: {suggest(selection, [*RANKINGS, SWEEP])}")
+        names = [name for name in RANKINGS if name.endswith("order")] + list(OBJECTIVES)
+        return tuple(name for name in names if whole or not name.startswith(SECOND))
+    known = [*RANKINGS, *OBJECTIVES]
+    if selection not in known:
+        raise UnknownNameError(f"selection {selection!r} is unknown: {suggest(selection, [*known, SWEEP])}")
     return (selection,)
