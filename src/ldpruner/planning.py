@@ -58,10 +58,10 @@ def plan(
 ) -> Planned:
     """Choose edits from the scores of `run` so that every budget holds.
 
-    `selection` names a ranking, or `sweep`: a plan by every ranking. Of these the three with the least joint latent shift are
-    measured, and the one that shifts least then (after repair, where that is wanted) is taken; of those that shift alike the one
-    with the fewest edits, which leaves the least to recover. Scores are taken one operator at a time and do not tell which plan
-    is best together; a generation by each does, and costs next to nothing.
+    `selection` names a ranking or an objective, or `sweep`: a plan by each. Of these the three with the least joint latent
+    shift are measured, and the one that shifts least then (after repair, where that is wanted) is taken; of those that shift
+    alike the one with the fewest edits, which leaves the least to recover. Scores are taken one operator at a time and do not
+    tell which plan is best together; a generation by each does, and costs next to nothing.
 
     MACs and parameters are counted. Latency is predicted from the operators' times, then measured on the pruned denoiser
     (`rounds` pairs of calls), and the prediction's target moved until the measured value holds with as little removed as
@@ -111,7 +111,7 @@ def _held(searches: Sequence[_Search], targets: Targets) -> list[Planned]:
 
 @dataclass(frozen=True, kw_only=True)
 class _Judge:
-    """How far edits move the latents, all together; on more samples than scores need, and others, which choose no ranking."""
+    """How far edits move the latents, all together; on more samples than scores need, and others."""
 
     pipeline: Pipeline
     fitted: Fitted
