@@ -285,6 +285,28 @@ def timed_by_macs(scores: Run) -> Run:
     ))  # fmt: skip
 
 
+def test_a_reading_that_is_high_by_chance_is_taken_again(run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, scores = run[0], timed_by_macs(run[1])
+    machine, seen = SlowMachine(scores.operators, overhead=0.1), set[str]()
+
+    def measure(plan: Plan) -> Comparison:
+        true, key = machine.measure(plan).ratio, str([(edit.operator, edit.replacement) for edit in plan.edits])
+        ratio = true if key in seen else replace(true, value=1.03 * true.value)
+        seen.add(key)
+        return Comparison(first=ratio, second=ratio, ratio=ratio)
+
+    def planned() -> Plan:
+        return planning.plan(pipeline, scores, {"latency": "70%"}, selection="order").plan
+
+    monkeypatch.setattr(planning._Search, "_measure", staticmethod(machine.measure))
+    quiet = planned()
+    monkeypatch.setattr(planning._Search, "_measure", staticmethod(measure))
+    assert planned().edits == quiet.edits
+    monkeypatch.setattr(planning, "NEAR", 1.0)
+    seen.clear()
+    assert planned().edits != quiet.edits, "else the noise was too small to matter"
+
+
 def test_what_a_measurement_leaves_of_the_limit_is_given_back(run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, scores = run[0], timed_by_macs(run[1])
     machine = SlowMachine(scores.operators, overhead=0.1)

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Targets = dict[Quantity, float]
 CLOSE = 0.985  # a measured latency above this share of its limit is near enough: readings spread by about as much
+NEAR = 1.05  # readings up to this share of the limit are taken twice
 ALIKE = 1.05  # joint latent shifts of a few samples that differ by less are not told apart
 RANKED_ON = 12  # calls on which plans are repaired to be compared
 FINALISTS = 3  # plans that are measured, repaired where that is wanted, and judged again
@@ -247,14 +248,15 @@ class _Search:
     def _try(self, choice: Choice, limit: float) -> Planned:
         """The plan of a choice with its measurement; one that was measured before keeps what was measured then.
 
-        A reading below the limit is taken again and the second one counts: the first was picked for being low.
+        A reading that is below the limit, or above it by little, is taken again and the second one counts: the first was picked
+        for being low, or may be high by chance, and a better plan be lost.
         """
         made = self._plan(choice)
         for planned in self.seen:
             if planned.plan.edits == made.edits:
                 return replace(planned, plan=made)
         comparison = self._measure(made)
-        if comparison.ratio.value <= limit:
+        if comparison.ratio.value <= NEAR * limit:
             comparison = self._measure(made)
         self.seen.append(Planned(plan=made, measured=comparison))
         return self.seen[-1]
