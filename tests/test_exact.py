@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from invented import chosen, operator, operators, scored
+from ldpruner.errors import BudgetError
 from ldpruner.plans import Candidate, Operators, Quantity, Score, within
 from ldpruner.quiet import printing_nothing
 from ldpruner.selection import OBJECTIVES, Priors, choose, predict, reachable
@@ -117,6 +118,14 @@ def test_out_of_reach_it_takes_what_saves_most() -> None:
     aims = reachable(model, scores, "latency", selection="exact")
     assert aims == sorted(aims, reverse=True)
     assert aims[-1] == pytest.approx(least)
+
+
+@pytest.mark.parametrize("selection", ["order", "exact"])
+def test_a_quantity_that_was_not_measured_has_no_share(selection: str) -> None:
+    model, scores = denoiser(0)
+    untimed = replace(model, total=replace(model.total, latency_ms=0.0))
+    with pytest.raises(BudgetError, match="latency: was not measured"):
+        choose(untimed, scores, {"latency": 0.8}, selection=selection)
 
 
 def test_what_c_code_prints_meanwhile_does_not_arrive(capfd: pytest.CaptureFixture[str]) -> None:

@@ -36,8 +36,11 @@ def choose(
 ) -> Choice:
     """The replacements with which every target (a share of the original) is predicted to be met, by a ranking or an objective.
 
-    A block and its parts are never both replaced. Raises `RunError` where scores are missing.
+    A block and its parts are never both replaced. Raises `RunError` where scores are missing, `BudgetError` where a target's
+    quantity was not measured.
     """
+    for quantity in targets:
+        share(operators.total, operators.total, quantity)
     if selection in OBJECTIVES:
         options = _options(operators, scores)
         chosen = solve(operators, options, targets, objective=OBJECTIVES[selection], priors=priors)

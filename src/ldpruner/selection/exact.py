@@ -122,8 +122,10 @@ class _Program:
         with printing_nothing():
             found = milp(costs, constraints=limits, integrality=1, bounds=Bounds(0, 1), options={"node_limit": NODES})
         taken = np.zeros(self.columns) if found.x is None else np.round(found.x)
-        holds = found.x is not None and bool((matrix @ taken <= limits.ub).all())  # what is called optimal need not even fit
-        return [bool(each) for each in taken] if holds else None
+        within_limits = matrix @ taken <= limits.ub + 1e-6 * np.maximum(
+            1.0, np.abs(limits.ub)
+        )  # what is called optimal need not be
+        return [bool(each) for each in taken] if found.x is not None and within_limits.all() else None
 
     def _own(self, place: int, quantity: Quantity) -> float:
         """What an option saves, without what dies with it."""
