@@ -75,6 +75,8 @@ def test_no_other_set_that_meets_the_budgets_does_less_harm(seed: int, priors: P
         and priors.allow(taken, model, "params")
         and all(share(predict(model, dict(taken)), model.total, quantity) <= target for quantity, target in targets.items())
     ]
+    assert fit or priors != Priors(), "without priors the budgets can be met"
+    assert {} not in fit, "and not by leaving all as it is"
     for objective in harm_of:
         choice = choose(model, scores, targets, selection=objective, priors=priors)
         if not fit:
@@ -83,10 +85,6 @@ def test_no_other_set_that_meets_the_budgets_does_less_harm(seed: int, priors: P
         taken = {e.operator: model[e.operator].candidate(e.replacement) for e in choice.edits if e.reason == "chosen"}
         assert taken in fit
         assert harm(taken, objective) <= min(harm(other, objective) for other in fit) * 1.001
-
-
-def test_some_of_these_budgets_can_be_met_and_matter() -> None:
-    assert sum(bool(choose(*denoiser(seed), {"latency": 0.85}, selection="exact").edits) for seed in range(6)) == 6
 
 
 def test_it_weighs_what_an_order_takes_one_after_the_other() -> None:
