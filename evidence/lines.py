@@ -16,10 +16,11 @@ OF_CAPTIONS = ("retrieval-5", "class-accuracy")
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
-    """The lines of one method at one budget, one a seed, for each stage."""
+    """The lines of one method at one budget, taught for as many steps; one a seed, for each stage."""
 
     title: str
     budget: str
+    steps: int
     stages: dict[str, list[Line]]
 
     def values(self, stage: str, metric: str, count: int) -> list[float]:
@@ -36,13 +37,16 @@ def place_of(method: str, budget: str, seed: int) -> str:
 
 
 def grouped(lines: Iterable[Line]) -> list[Group]:
-    """Methods in the order of `WAYS`, budget by budget."""
-    found: dict[tuple[str, str], dict[str, list[Line]]] = {}
+    """Methods in the order of `WAYS`, budget by budget, the gentlest first."""
+    found: dict[tuple[str, int, str], dict[str, list[Line]]] = {}
     for line in lines:
         if line["stage"] in ("pruned", "repaired", "distilled"):
-            found.setdefault((line["budget"], line["method"]), {}).setdefault(line["stage"], []).append(line)
-    ordered = sorted(found, key=lambda key: (key[0], list(WAYS).index(key[1])))
-    return [Group(title=method, budget=budget, stages=found[budget, method]) for budget, method in ordered]
+            key = line["budget"], line["settings"]["distil_steps"], line["method"]
+            found.setdefault(key, {}).setdefault(line["stage"], []).append(line)
+    ordered = sorted(found, key=lambda key: (-float(key[0].rstrip("%")), key[1], list(WAYS).index(key[2])))
+    return [
+        Group(title=method, budget=budget, steps=steps, stages=found[budget, steps, method]) for budget, steps, method in ordered
+    ]
 
 
 def course(line: Line, few: int) -> list[dict[str, float]]:
@@ -57,4 +61,6 @@ def label(line: Line) -> str:
         return f"{line['method']}, {line['budget']}"
     if line["stage"] == "from random weights":
         return f"{line['network']}, from random weights"
-    return f"original, {line['stage']}" if line["stage"] == "fine-tuned" else str(line["stage"])
+    if line["stage"] == "fine-tuned":
+        return f"original, taught for {line['settings']['distil_steps']:,} steps"
+    return str(line["stage"])

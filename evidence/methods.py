@@ -27,7 +27,7 @@ WAYS = {
     "taylor": Way(scorer="taylor"),
     "diff-pruning": Way(scorer="diff-pruning"),
     "block-influence": Way(scorer="block-influence"),
-    "laptop-diff": Way(scorer="output-mse", selection="ratio"),  # rises that add up, in a knapsack
+    "laptop-diff": Way(scorer="output-mse", selection="exact"),  # rises that add up, in a knapsack
     "bk-sdm": Way(scorer="bk-sdm"),
     "ends-and-spread": Way(scorer="ends-and-spread"),
 }

@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,10 +50,22 @@ def write_page(results: Path, page: Path) -> None:
     parts = [HEAD]
     for name in sorted({line["pipeline"] for line in lines}, key=("fashion", "emoji", "digits").index):
         mine = [line for line in lines if line["pipeline"] == name]
-        for number, settings in enumerate({str(line["settings"]): line["settings"] for line in mine}.values()):
-            some = [line for line in mine if line["settings"] == settings]
+        for number, settings in enumerate({str(_shared(line)): _shared(line) for line in mine}.values()):
+            some = _one_original(line for line in mine if _shared(line) == settings)
             parts.append(_section(name, settings, some, page, f"{name}-{number}" if number else name))
     write_text(page, "\n".join(parts))
+
+
+def _shared(line: Line) -> dict[str, Any]:
+    """The settings of a line that all of a section have: some budgets are followed by more steps of distillation than others."""
+    return {name: value for name, value in line["settings"].items() if name != "distil_steps"}
+
+
+def _one_original(lines: Iterable[Line]) -> list[Line]:
+    """Lines without the original's second and later ones: it is measured again where more steps of distillation follow."""
+    found = list(lines)
+    first = next((line for line in found if line["stage"] == "original"), None)
+    return [line for line in found if line["stage"] != "original" or line is first]
 
 
 def _alone(line: Line, file: Path) -> float | None:
@@ -79,9 +91,14 @@ def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: P
     if done and original:
         rows = claims(groups, original, _measured([original], many), many, few)
         parts += ["### What it was to reach\n", _table([["`ld-pruner, sweep` at latency 65 %", "holds", ""], *rows])]
-    for budget in sorted({group.budget for group in groups}, reverse=True):
-        some = [group for group in groups if group.budget == budget]
-        parts += [f"### Latency {budget}\n", _before_and_after(some, many, few), _seconds(some, many, original)]
+    for budget, steps in dict.fromkeys((group.budget, group.steps) for group in groups):
+        some = [group for group in groups if (group.budget, group.steps) == (budget, steps)]
+        parts += [
+            f"### Latency {budget}, {steps:,} steps of distillation\n",
+            _before_and_after(some, many, few),
+            _seconds(some, many, original),
+        ]
+    parts.append(_training_noise(lines, many))
     taught = [line for line in lines if line.get("course")]
     if taught and original:
         courses(taught, original, few, folder / f"{plots}-courses.png", title=f"zoo:{name}")
@@ -98,7 +115,7 @@ def _controls(lines: Sequence[Line], many: int, few: int) -> str:
     for line in rows:
         figures = line["figures"]
         less, more = figures[str(few)].get("frechet"), [figures[str(many)].get(metric) for metric in metrics]
-        table.append([line["stage"], *map(_number, (less, *more))])
+        table.append([label(line), *map(_number, (less, *more))])
     return _table(table)
 
 
@@ -139,6 +156,20 @@ def _seconds(groups: Sequence[Group], many: int, original: Line | None) -> str:
         ratio = statistics.mean(group.values("distilled", "frechet", many)) / own["frechet"]["value"]
         table.append([group.title, percent(ratio), *(spread(group.values("distilled", metric, many)) for metric in metrics)])
     return _table(table)
+
+
+def _training_noise(lines: Sequence[Line], many: int) -> str:
+    """One plan, taught under several seeds: what lies between its students is not the plan's doing."""
+    again = [line for line in lines if line["stage"] == "taught again"]
+    if not again:
+        return ""
+    first = [line for line in lines if line["stage"] == "distilled" and line["seed"] == 0 and label(line) == again[0]["network"]]
+    table = [["seed of distillation", f"Fréchet, {many:,} samples ↓"]]
+    table += [[str(line["seed"]), _number(line["figures"][str(many)]["frechet"])] for line in (*first, *again)]
+    return (
+        f"### One plan, taught again\n\nThe plan of {again[0]['network']}, seed 0, under other seeds of distillation.\n\n"
+        + _table(table)
+    )
 
 
 def _convergence(lines: Sequence[Line], original: Line, few: int) -> str:

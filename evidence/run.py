@@ -7,8 +7,9 @@
 `DIR` holds what the zoo was trained on (`fashion-mnist/`, `emoji64.zip`, `fsdd.zip`); without it, students learn on the
 teacher's own generations. Where a recipe names a guide, its plan lies in `evidence/guides/NAME.json`. One line a result goes to
 `evidence/results/NAME.jsonl`, as it comes: the original; the original fine-tuned for as many steps (the control); for each
-method, budget and seed the pruned model as it is, after repair, and after distillation, with its course on the way; and the
-first method's network taught from random weights. A result that is there with the same settings is not made again.
+method, budget and seed the pruned model as it is, after repair, and after distillation, with its course on the way; the
+first method's network taught from random weights, and its plan taught again under other seeds. A result that is there with the
+same settings is not made again.
 `docs/evidence.md` is written from the lines.
 """
 
@@ -18,6 +19,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import itertools
 import json
 import sys
 import time
@@ -60,6 +62,9 @@ RECIPES: dict[str, dict[str, Any]] = {  # how students learn, where the command 
         "digits": (1600, [400, 800], 5e-4, 0.0, GUIDE, 1.8),
     }.items()
 }
+LONGER: dict[tuple[str, str], dict[str, Any]] = {  # budgets after which more is to be learnt
+    ("emoji", "50%"): {"distil_steps": 3000, "milestones": [500, 1000, 2000]},
+}
 NAMES = tuple(RECIPES)
 STAGES = ("pruned", "repaired", "distilled")
 SETTINGS = (
@@ -77,20 +82,21 @@ Figures = dict[str, dict[str, float | None]]  # by metric, what was found and it
 def main() -> None:
     options = arguments()
     torch.set_num_threads(options.threads)
-    for name in options.names:
-        Bench(name, options).run()
+    for name, budget in itertools.product(options.names, options.budgets):
+        Bench(name, budget, options).run()
     write_page(options.results, options.page)
     json.dump({"results": str(options.results), "page": str(options.page)}, sys.stdout)
     print()
 
 
 class Bench:
-    """One pipeline: what is done to it, in which order, and what is known already."""
+    """One pipeline at one budget: what is done to it, in which order, and what is known already."""
 
-    def __init__(self, name: str, options: argparse.Namespace) -> None:
+    def __init__(self, name: str, budget: str, options: argparse.Namespace) -> None:
         typed = {option: value for option, value in vars(options).items() if value is not None}
-        options = argparse.Namespace(**{**vars(options), **RECIPES[name], **typed})
-        self.name, self.options = name, options
+        recipe = RECIPES[name] | LONGER.get((name, budget), {})
+        options = argparse.Namespace(**{**vars(options), **recipe, **typed})
+        self.name, self.budget, self.options = name, budget, options
         self.work: Path = options.work / name
         self.cache = self.work / "cache"
         self.results: Path = options.results / f"{name}.jsonl"
@@ -110,22 +116,22 @@ class Bench:
         self.one({"stage": "original"}, lambda: (self.original, {}))
         first = True
         for seed in self.options.seeds:
-            for budget in self.options.budgets:
-                for method in self.options.methods:
-                    self.of_method(method, budget, seed)
-                    if first and self.options.distil_steps and not self.learns_nothing():
-                        self.one({"stage": "fine-tuned", "seed": 0}, lambda: self.taught(self.original, "original", 0, {}))
-                    first = False
+            for method in self.options.methods:
+                self.of_method(method, seed)
+                if first and self.options.distil_steps and not self.learns_nothing():
+                    self.one({"stage": "fine-tuned", "seed": 0}, lambda: self.taught(self.original, "original", 0, {}))
+                first = False
         if self.options.from_random and self.options.distil_steps:
             self.one({"stage": "from random weights", "seed": 0}, self.from_random)
+        for seed in range(1, 1 + self.options.taught_again) if self.options.distil_steps else ():
+            self.one({"stage": "taught again", "seed": seed}, functools.partial(self.again, seed))
 
-    def of_method(self, method: str, budget: str, seed: int) -> None:
-        key = {"method": method, "budget": budget, "seed": seed}
+    def of_method(self, method: str, seed: int) -> None:
+        key = {"method": method, "budget": self.budget, "seed": seed}
         keys = [{"stage": stage, **key} for stage in STAGES[: 2 + bool(self.options.distil_steps)]]
         if all(self.known(each) for each in keys):
             return
-        place = place_of(method, budget, seed)
-        pruned, facts = self.pruned(method, budget, seed)
+        pruned, facts = self.pruned(method, self.budget, seed)
         assert pruned.plan.probe is not None
         alone = fit_pointwise(self.original, pointwise_wanted(pruned.plan.edits), pruned.plan.probe)
         bare = self.around(pruned_view(self.original.denoiser, pruned.plan.edits, alone))
@@ -133,7 +139,7 @@ class Bench:
         self.one(keys[0], lambda: (bare, facts), few=True)
         self.one(keys[1], lambda: (repaired, facts), few=True)
         if len(keys) > 2:
-            self.one(keys[2], lambda: self.taught(repaired, place, seed, facts))
+            self.one(keys[2], lambda: self.taught(repaired, place_of(method, self.budget, seed), seed, facts))
 
     def learns_nothing(self) -> bool:
         """Whether the original has nothing to learn of itself: only the data, or a guide, would teach it something."""
@@ -141,10 +147,17 @@ class Bench:
 
     def from_random(self) -> tuple[Pipeline, Facts]:
         """The network that the first method left, taught from random weights: what do the weights that were kept save?"""
-        method, budget = self.options.methods[0], self.options.budgets[0]
-        pruned, facts = self.pruned(method, budget, 0)
+        method = self.options.methods[0]
+        pruned, facts = self.pruned(method, self.budget, 0)
         student = self.around(untrained(pruned.denoiser))
-        return self.taught(student, "random-weights", 0, {**facts, "network": f"{method}, {budget}"})
+        return self.taught(student, "random-weights", 0, {**facts, "network": f"{method}, {self.budget}"})
+
+    def again(self, seed: int) -> tuple[Pipeline, Facts]:
+        """The first method's plan of seed 0 under another seed of distillation: how far do students differ by training alone?"""
+        method = self.options.methods[0]
+        pruned, facts = self.pruned(method, self.budget, 0)
+        student = Pipeline(pruned.pipe, source=self.original.source)
+        return self.taught(student, f"again-{seed}", seed, {**facts, "network": f"{method}, {self.budget}"})
 
     def pruned(self, method: str, budget: str, seed: int) -> tuple[Pruned, Facts]:
         """The method's plan at a measured latency, repaired, and what was measured; both are kept for when a run goes on."""
@@ -242,7 +255,8 @@ class Bench:
 
     def own_folder(self, place: str) -> Path:
         """A folder for one student's checkpoints, that shares what is computed of the teacher with those of the others."""
-        folder = self.work / place / "distil"
+        digest = hashlib.sha256(json.dumps(self.settings, sort_keys=True).encode()).hexdigest()
+        folder = self.work / place / f"distil-{digest[:6]}"
         folder.mkdir(parents=True, exist_ok=True)
         for name in ("generated", "conditions"):
             shared = self.work / name
@@ -360,6 +374,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--budgets", nargs="+", default=["65%"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--from-random", action=argparse.BooleanOptionalAction, default=True, help="the first network, untrained")
+    parser.add_argument("--taught-again", type=int, default=2, help="more seeds of distillation for the first plan")
     parser.add_argument("--samples", type=int, default=2000, help="generated for the figures of what is finished")
     parser.add_argument("--few-samples", type=int, default=500, help="generated for figures on the way")
     parser.add_argument("--steps", type=int, default=20)

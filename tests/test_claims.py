@@ -22,7 +22,7 @@ def line(method: str, frechet: float, *, budget: str = "65%", seed: int = 0, **o
     """A method's lines."""
     figures = {**OWN, "frechet": frechet, **others.pop("figures", {})}
     shared = {"method": method, "budget": budget, "seed": seed, "latency_ratio": 0.64, "latent_shift": 0.4}
-    shared |= {"latent_shift_before_repair": 1.0, **others}
+    shared |= {"latent_shift_before_repair": 1.0, "settings": {"distil_steps": 100}, **others}
     reached = {str(count): {name: {"value": value} for name, value in figures.items()} for count in (FEW, MANY)}
     before = {str(FEW): reached[str(FEW)] | {"latent-shift": {"value": 1.0}}}
     course = [{"steps": 0, "figures": {"frechet": {"value": 2.0}}}] if seed == 0 else []

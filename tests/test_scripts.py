@@ -31,6 +31,7 @@ FEW = {
     "--distil-steps": 2,
     "--distil-batch": 2,
     "--milestones": 1,
+    "--taught-again": 1,
     "--task-weight": 1,
     "--guide-budget": "90%",
 }
@@ -92,9 +93,9 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
     evidence: Callable[..., list[dict[str, Any]]], script: Callable[..., None], tmp_path: Path
 ) -> None:
     first = evidence("--methods", "magnitude")
-    stages = ["original", "pruned", "repaired", "distilled", "fine-tuned", "from random weights"]
+    stages = ["original", "pruned", "repaired", "distilled", "fine-tuned", "from random weights", "taught again"]
     assert [line["stage"] for line in first] == stages
-    original, pruned, repaired, distilled, tuned, fresh = first
+    original, pruned, repaired, distilled, tuned, fresh, again = first
     assert pruned["latency_ratio"] <= 0.95
     assert pruned["figures"]["4"]["latent-shift"]["value"] != repaired["figures"]["4"]["latent-shift"]["value"]
     assert distilled["distillation"]["steps"] == 2
@@ -104,12 +105,14 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
     shifts = [line["figures"]["6"]["latent-shift"]["value"] for line in (original, distilled, tuned, fresh)]
     assert shifts[0] == 0, "the original is its own reference"
     assert 0 < shifts[2] < shifts[3]
+    assert again["operators"] == distilled["operators"], "the same plan"
+    assert again["figures"] != distilled["figures"], "under another seed of distillation"
     guide = tmp_path / "guides" / "fashion.json"
     made = guide.read_bytes()
     second = evidence("--methods", "magnitude", "ends-and-spread")
-    assert second[:6] == first
+    assert second[:7] == first
     assert guide.read_bytes() == made, "one guide for all"
-    added = [(line["stage"], line["method"]) for line in second[6:]]
+    added = [(line["stage"], line["method"]) for line in second[7:]]
     assert added == [(stage, "ends-and-spread") for stage in ("pruned", "repaired", "distilled")]
     script(ROOT / "evidence" / "latency.py", "--model", tmp_path / "tiny", "--results", tmp_path / "results", "--rounds", 3)
     script(ROOT / "evidence" / "page.py", "--results", tmp_path / "results", "--page", tmp_path / "evidence.md")
@@ -118,7 +121,8 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
     page = (tmp_path / "evidence.md").read_text(encoding="utf-8")
     for method in ("magnitude", "ends-and-spread"):
         assert f"| {percent(alone[f'{method}-95-0']['value'])} |" in page
-    assert f"| {distilled['figures']['6']['frechet']['value']:.4g} |" in page
+    for line in (distilled, again):
+        assert f"| {line['figures']['6']['frechet']['value']:.4g} |" in page
     named = {tmp_path / place for place in re.findall(r"!\[[^]]*\]\((evidence/[^)]+)\)", page)}
     assert len(named) == 2 + 5, "two plots, and a strip for each model that is finished"
     for file in named:
@@ -139,7 +143,7 @@ def test_captions_that_no_picture_of_the_training_data_has_are_asked_apart(monke
     (tmp_path / "emoji64.zip" / "metadata.jsonl").write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
     places = ["--data", tmp_path, "--work", tmp_path / "work", "--results", tmp_path / "results", "--page", tmp_path / "page.md"]
     words = map(str, [*places, "--samples", 4, "--few-samples", 4, "--steps", 1])
-    bench = made["Bench"]("emoji", made["arguments"](["emoji", *words]))
+    bench = made["Bench"]("emoji", "65%", made["arguments"](["emoji", *words]))
     assert bench.unseen == tuple(f"red {number}, google style" for number in range(2, 10))
     bench.one({"stage": "original"}, lambda: (bench.original, {}))
     (line,) = read_json_lines(tmp_path / "results" / "emoji.jsonl")
