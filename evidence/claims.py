@@ -38,7 +38,11 @@ def claims(groups: Sequence[Group], original: Line, seconds: Sequence[str], many
         yield "no second metric more than 3 % worse", _holds(losses[worst] <= TOLERATED), said
         own_samples = [ours.plain("repaired", name) for name in ("latent_shift_before_repair", "latent_shift")]
         others = [ours.values(stage, "latent-shift", few) for stage in ("pruned", "repaired")]
-        for of_what, (before, after) in {"the plan's own samples": own_samples, f"{few:,} others": others}.items():
+        whole = [line["shifts"][-1] for line in ours.stages["repaired"] if line.get("shifts")]
+        shown = {"the plan's own samples": own_samples, f"{few:,} others": others}
+        if whole:
+            shown[f"{whole[0]['samples']:,} others"] = [[row[stage] for row in whole] for stage in ("pruned", "repaired")]
+        for of_what, (before, after) in shown.items():
             left = statistics.mean(last / first for first, last in zip(before, after, strict=True))
             yield f"repair at least halves the joint latent shift, of {of_what}", _holds(left <= 0.5), f"{percent(left)} is left"
         rivals = [group for (title, budget), group in by_place.items() if budget == "65%" and not title.startswith("ld-pruner")]

@@ -57,7 +57,7 @@ def course(line: Line, few: int) -> list[dict[str, float]]:
 
 def label(line: Line) -> str:
     """What a line is called beside others."""
-    if line["stage"] == "distilled":
+    if "method" in line:
         return f"{line['method']}, {line['budget']}"
     if line["stage"] == "from random weights":
         return f"{line['network']}, from random weights"

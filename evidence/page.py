@@ -47,6 +47,7 @@ def write_page(results: Path, page: Path) -> None:
     lines = [line for file in sorted(results.glob("*.jsonl")) for line in read_json_lines(file)]
     for line in lines:
         line["latency_alone"] = _alone(line, results / "latencies" / f"{line['pipeline']}.json")
+        line["shifts"] = _of_plan(line, results / "shifts" / f"{line['pipeline']}.json").get("rows", [])
     parts = [HEAD]
     for name in sorted({line["pipeline"] for line in lines}, key=("fashion", "emoji", "digits").index):
         mine = [line for line in lines if line["pipeline"] == name]
@@ -70,11 +71,16 @@ def _one_original(lines: Iterable[Line]) -> list[Line]:
 
 def _alone(line: Line, file: Path) -> float | None:
     """The latency of a line's plan where all plans were measured in one run."""
+    return _of_plan(line, file, "ratios").get("value")
+
+
+def _of_plan(line: Line, file: Path, part: str | None = None) -> dict[str, Any]:
+    """What a file of another script says of a line's plan; nothing where it does not."""
     if "method" not in line or not file.exists():
-        return None
-    ratios: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))["ratios"]
-    found = ratios.get(place_of(line["method"], line["budget"], line["seed"]))
-    return float(found["value"]) if found else None
+        return {}
+    whole: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    found: dict[str, Any] = (whole[part] if part else whole).get(place_of(line["method"], line["budget"], line["seed"]), {})
+    return found
 
 
 def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: Path, plots: str) -> str:
@@ -98,7 +104,7 @@ def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: P
             _before_and_after(some, many, few),
             _seconds(some, many, original),
         ]
-    parts.append(_training_noise(lines, many))
+    parts += [_repair(lines), _training_noise(lines, many)]
     taught = [line for line in lines if line.get("course")]
     if taught and original:
         courses(taught, original, few, folder / f"{plots}-courses.png", title=f"zoo:{name}")
@@ -156,6 +162,21 @@ def _seconds(groups: Sequence[Group], many: int, original: Line | None) -> str:
         ratio = statistics.mean(group.values("distilled", "frechet", many)) / own["frechet"]["value"]
         table.append([group.title, percent(ratio), *(spread(group.values("distilled", metric, many)) for metric in metrics)])
     return _table(table)
+
+
+def _repair(lines: Sequence[Line]) -> str:
+    """What repair leaves of the joint latent shift, by the number of samples that it is taken on."""
+    table = [["plan", "samples", "pruned", "repaired", "left"]]
+    for line in lines:
+        for row in line["shifts"] if line["stage"] == "repaired" else ():
+            values = [row["pruned"], row["repaired"]]
+            seen = [f"{label(line)}, seed {line['seed']}", f"{row['samples']:,}", *(f"{value:.4g}" for value in values)]
+            table.append([*seen, percent(values[1] / values[0])])
+    said = (
+        "The joint latent shift of other samples than those of the plan, from the same noise (`python evidence/shifts.py`). Of\n"
+        "few samples a good part is chance, which repair cannot take away: how each sample differs, not how distributions do.\n\n"
+    )
+    return "### Repair\n\n" + said + _table(table) if len(table) > 1 else ""
 
 
 def _training_noise(lines: Sequence[Line], many: int) -> str:

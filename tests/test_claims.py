@@ -56,6 +56,10 @@ def test_what_holds_is_said_to_hold() -> None:
         ("no second metric more than 3 % worse", {"figures": {"precision": 0.86}}),
         ("repair at least halves the joint latent shift, of the plan's own samples", {"latent_shift": 0.51}),
         ("repair at least halves the joint latent shift, of 5 others", {"figures": {"latent-shift": 0.51}}),
+        (
+            "repair at least halves the joint latent shift, of 80 others",
+            {"shifts": [{"samples": 40, "pruned": 1.0, "repaired": 0.4}, {"samples": 80, "pruned": 1.0, "repaired": 0.51}]},
+        ),
     ],
 )
 def test_what_does_not_hold_is_said_not_to(asked: str, changed: dict[str, Any]) -> None:

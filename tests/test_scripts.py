@@ -115,12 +115,29 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
     added = [(line["stage"], line["method"]) for line in second[7:]]
     assert added == [(stage, "ends-and-spread") for stage in ("pruned", "repaired", "distilled")]
     script(ROOT / "evidence" / "latency.py", "--model", tmp_path / "tiny", "--results", tmp_path / "results", "--rounds", 3)
+    words = [
+        "--model",
+        tmp_path / "tiny",
+        "--results",
+        tmp_path / "results",
+        "--plans",
+        "magnitude-*",
+        "--samples",
+        8,
+        "--steps",
+        2,
+    ]
+    script(ROOT / "evidence" / "shifts.py", *words)
     script(ROOT / "evidence" / "page.py", "--results", tmp_path / "results", "--page", tmp_path / "evidence.md")
+    shifts = json.loads((tmp_path / "results" / "shifts" / "fashion.json").read_text(encoding="utf-8"))["magnitude-95-0"]["rows"]
+    assert [row["samples"] for row in shifts] == [2, 4, 8]
     alone = json.loads((tmp_path / "results" / "latencies" / "fashion.json").read_text(encoding="utf-8"))["ratios"]
     assert set(alone) == {"magnitude-95-0", "ends-and-spread-95-0", "ld-pruner-90-0"}, "the guide is a plan too"
     page = (tmp_path / "evidence.md").read_text(encoding="utf-8")
     for method in ("magnitude", "ends-and-spread"):
         assert f"| {percent(alone[f'{method}-95-0']['value'])} |" in page
+    for row in shifts:
+        assert f"| {row['samples']} | {row['pruned']:.4g} | {row['repaired']:.4g} |" in page
     for line in (distilled, again):
         assert f"| {line['figures']['6']['frechet']['value']:.4g} |" in page
     named = {tmp_path / place for place in re.findall(r"!\[[^]]*\]\((evidence/[^)]+)\)", page)}
