@@ -62,7 +62,7 @@ def ladder(name: str, options: argparse.Namespace) -> dict[str, Any]:
     rungs, rows = [], [original.images(shown)]
     for budget in options.budgets:
         pruned = ldpruner.prune(original, {"latency": budget}, probe=run.probe, run=options.work / name / "run")
-        smaller = Pipeline(pruned.pipe, source=model)
+        smaller = original.around(pruned.denoiser)
         measured = evaluate(smaller, original, probe=probe, batch_size=options.batch_size, cache=options.work / "cache")
         edits = [asdict(edit) for edit in pruned.plan.edits]
         rungs.append({**pruned.summary(), "budget": budget, "edits": edits, **of(measured, 0)})

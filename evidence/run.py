@@ -134,8 +134,8 @@ class Bench:
         pruned, facts = self.pruned(method, self.budget, seed)
         assert pruned.plan.probe is not None
         alone = fit_pointwise(self.original, pointwise_wanted(pruned.plan.edits), pruned.plan.probe)
-        bare = self.around(pruned_view(self.original.denoiser, pruned.plan.edits, alone))
-        repaired = Pipeline(pruned.pipe, source=self.original.source)
+        bare = self.original.around(pruned_view(self.original.denoiser, pruned.plan.edits, alone))
+        repaired = self.original.around(pruned.denoiser)
         self.one(keys[0], lambda: (bare, facts), few=True)
         self.one(keys[1], lambda: (repaired, facts), few=True)
         if len(keys) > 2:
@@ -149,14 +149,14 @@ class Bench:
         """The network that the first method left, taught from random weights: what do the weights that were kept save?"""
         method = self.options.methods[0]
         pruned, facts = self.pruned(method, self.budget, 0)
-        student = self.around(untrained(pruned.denoiser))
+        student = self.original.around(untrained(pruned.denoiser))
         return self.taught(student, "random-weights", 0, {**facts, "network": f"{method}, {self.budget}"})
 
     def again(self, seed: int) -> tuple[Pipeline, Facts]:
         """The first method's plan of seed 0 under another seed of distillation: how far do students differ by training alone?"""
         method = self.options.methods[0]
         pruned, facts = self.pruned(method, self.budget, 0)
-        student = Pipeline(pruned.pipe, source=self.original.source)
+        student = self.original.around(pruned.denoiser)
         return self.taught(student, f"again-{seed}", seed, {**facts, "network": f"{method}, {self.budget}"})
 
     def pruned(self, method: str, budget: str, seed: int) -> tuple[Pruned, Facts]:
@@ -208,9 +208,9 @@ class Bench:
         )
         spent, course = time.monotonic() - began, []
         for steps in (0, *self.options.milestones) if seed == 0 else ():
-            then = self.around(averaged(student.denoiser, folder, steps), like=student)
+            then = self.original.around(averaged(student.denoiser, folder, steps))
             course.append({"steps": steps, "figures": self.figures(then, self.options.few_samples)})
-        learnt = self.around(made.denoiser, like=student)
+        learnt = self.original.around(made.denoiser)
         return learnt, {**facts, "distillation": made.record, "seconds_distilling": spent, "course": course}
 
     @functools.cached_property
@@ -233,7 +233,7 @@ class Bench:
 
     def asked_often(self, denoiser: nn.Module) -> Pipeline:
         """A pipeline with a denoiser that remembers its answers, unless features are compared, which takes more than these."""
-        return self.around(denoiser if self.options.feature_weight else remembering(denoiser, self.work / "answers"))
+        return self.original.around(denoiser if self.options.feature_weight else remembering(denoiser, self.work / "answers"))
 
     def distillation(self, seed: int) -> Distillation:
         return Distillation(
@@ -327,12 +327,6 @@ class Bench:
     def identity(self, key: Key) -> str:
         whole = json.dumps({"pipeline": self.name, **key, **self.settings}, sort_keys=True)
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
-
-    def around(self, denoiser: nn.Module, like: Pipeline | None = None) -> Pipeline:
-        """A pipeline with another denoiser."""
-        pipe = copy.copy((like or self.original).pipe)
-        setattr(pipe, self.original.component, denoiser)
-        return Pipeline(pipe, source=self.original.source)
 
     def run_folder(self, method: str, seed: int) -> Path:
         return self.work / f"scores-{WAYS[method].scorer}-{seed}"

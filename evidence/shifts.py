@@ -12,7 +12,6 @@ plan as it is and after repair, from the same noise, and compares all of them, e
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import ldpruner
 from ldpruner.environment import environment
@@ -63,14 +62,8 @@ def before_and_after(original: Pipeline, plan: Plan) -> tuple[Pipeline, Pipeline
     """The plan with stand-ins that were fitted one by one, and after repair."""
     assert plan.probe is not None
     alone = fit_pointwise(original, pointwise_wanted(plan.edits), plan.probe)
-    repaired = ldpruner.apply(original, plan)
-    return around(original, pruned_view(original.denoiser, plan.edits, alone)), around(original, repaired.denoiser)
-
-
-def around(original: Pipeline, denoiser: nn.Module) -> Pipeline:
-    pipe = copy.copy(original.pipe)
-    setattr(pipe, original.component, denoiser)
-    return Pipeline(pipe, source=original.source)
+    pruned = pruned_view(original.denoiser, plan.edits, alone)
+    return original.around(pruned), original.around(ldpruner.apply(original, plan).denoiser)
 
 
 def by_parts(reference: Tensor, made: Sequence[Tensor], parts: int) -> dict[str, float]:

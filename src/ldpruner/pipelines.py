@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -124,6 +125,12 @@ class Pipeline:
             yield self
         finally:
             setattr(self.pipe, self.component, original)
+
+    def around(self, denoiser: nn.Module) -> Pipeline:
+        """Another pipeline, of the same parts around another denoiser."""
+        pipe = copy.copy(self.pipe)
+        setattr(pipe, self.component, denoiser)
+        return Pipeline(pipe, self.source, self.component, folder=self.folder)
 
     def latents(self, probe: Probe, *, batch_size: int | None = None) -> Tensor:
         """The latents that the probe's generations end with, `(samples, channels, ...)`, before the decoder sees them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -50,9 +49,7 @@ class Pruned:
     @property
     def pipe(self) -> DiffusionPipeline:
         """The pruned pipeline, around the original's other parts."""
-        pipe = copy.copy(self.pipeline.pipe)
-        setattr(pipe, self.pipeline.component, self.denoiser)
-        return pipe
+        return self.pipeline.around(self.denoiser).pipe
 
     def summary(self) -> dict[str, Any]:
         """The figures as plain numbers: ratios are pruned / original."""
