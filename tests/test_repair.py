@@ -19,13 +19,14 @@ from ldpruner import Edit, Plan, apply, prune
 from ldpruner.artifacts.dense import densify
 from ldpruner.fitting import Moments, fit_pointwise, pointwise_wanted
 from ldpruner.ldpruner_v1 import STAND_INS, StandIn
+from ldpruner.operators.discovery import discover
 from ldpruner.operators.tracing import Call, tensors_in, weights_digest
 from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators, corrected
 from ldpruner.probes import Probe
 from ldpruner.recovery import activations, closed_form
 from ldpruner.recovery.activations import fitting_calls, in_calling_order, outputs, reach
-from ldpruner.recovery.closed_form import ChannelSums, fitted_in_order, repair
+from ldpruner.recovery.closed_form import ChannelSums, Errors, fitted_in_order, repair
 from ldpruner.surgery import correction_of, kept_of, pruned_view, removed_operators, set_fitted
 from ldpruner.trajectories import record_call, record_calls
 
@@ -69,6 +70,45 @@ def test_a_map_is_drawn_towards_its_prior_where_nothing_is_known() -> None:
     weight, bias = moments.solve(1e-6, torch.tensor([[0.0, 7.0]]))
     assert torch.allclose(weight, torch.tensor([[4.0, 7.0]]), atol=1e-4)
     assert torch.allclose(bias, torch.zeros(1), atol=1e-4)
+
+
+def test_what_guidance_makes_of_both_halves_is_fitted_beside_what_each_is_given() -> None:
+    draw = torch.Generator().manual_seed(0)
+    given = torch.randn(40, 3, generator=draw)
+    wanted = torch.tanh(given @ torch.randn(3, 2, generator=draw)) + 0.5  # no map fits all of it
+    moments, sums, errors = Moments.empty([3, 2]), ChannelSums(), Errors(ridge=0.0, guidance_scale=5.0)
+    errors.add(moments, given, wanted)
+    errors.add(sums, given[:, :2], wanted)
+    weight, bias = moments.solve(0.0)
+    ones = torch.cat([given, torch.ones(40, 1)], dim=1)
+    rows, targets = (torch.cat([each, (5 * each[20:] - 4 * each[:20]) / 41**0.5]) for each in (ones, wanted))
+    expected = torch.linalg.lstsq(rows, targets).solution
+    assert torch.allclose(torch.cat([weight.T, bias[None]]), expected, atol=1e-4)
+    scale, shift = sums.solve(0.0)
+    for channel in range(2):
+        alone = torch.linalg.lstsq(rows[:, [channel, 3]], targets[:, channel : channel + 1]).solution.flatten()
+        assert torch.allclose(torch.stack([scale[channel], shift[channel]]), alone, atol=1e-4)
+
+
+def test_the_same_positions_of_both_halves_are_taken() -> None:
+    some = Errors(ridge=0.0, guidance_scale=2.0).some(100, 0.5, torch.Generator().manual_seed(0))
+    assert torch.equal(some[:50], some[50:])
+    assert 10 < some.sum() < 90
+    assert Errors(ridge=0.0).some(7, 0.5, torch.Generator().manual_seed(0)).shape == (7,)
+
+
+def test_a_call_says_whether_it_is_guided_and_repair_heeds_it(text_to_image: Pipeline, ldm: Pipeline) -> None:
+    probe = replace(PROBE, guidance_scale=4.0)
+    calls = fitting_calls(text_to_image, probe, count=1)
+    assert [calls[0].guided, text_to_image.guidance_scale(probe)] == [True, 4.0]
+    assert not text_to_image.call(replace(PROBE, guidance_scale=1.0)).guided
+    assert [ldm.call(replace(PROBE, samples=4)).guided, ldm.guidance_scale(PROBE)] == [False, 1.0]
+    operators, name = discover(text_to_image.denoiser, calls[0]), "mid_block.resnets.0"
+    plain = Edit(operator=name, replacement="identity", options=operators[name].candidate("identity").options)
+    edits = corrected([plain], operators)
+    made = [repair(text_to_image, edits, replace(PROBE, guidance_scale=g), fitted={}, calls=calls) for g in (1.0, 4.0)]
+    assert made[0].keys() == made[1].keys()
+    assert any(not torch.equal(one, other) for name in made[0] for one, other in zip(made[0][name], made[1][name], strict=True))
 
 
 def test_edits_get_room_for_a_correction_of_their_channels(edits: tuple[Edit, ...]) -> None:

@@ -77,11 +77,11 @@ class Moments:
         width, out = channels[0] + 1, channels[1]
         return cls(torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, out, dtype=torch.float64))
 
-    def add(self, given: Tensor, made: Tensor) -> None:
-        """Take in rows `(positions, in)` and `(positions, out)`."""
+    def add(self, given: Tensor, made: Tensor, weight: float = 1.0) -> None:
+        """Take in rows `(positions, in)` and `(positions, out)`, whose squared errors count `weight` times."""
         rows = torch.cat([given, given.new_ones(len(given), 1)], dim=1)
-        self.inputs += (rows.T @ rows).double().cpu()
-        self.crossed += (rows.T @ made).double().cpu()
+        self.inputs += weight * (rows.T @ rows).double().cpu()
+        self.crossed += weight * (rows.T @ made).double().cpu()
 
     def solve(self, ridge: float, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ridge regression towards `prior` `(out, in)`, zero by default: (X^T X + r I) W = X^T Y + r P."""

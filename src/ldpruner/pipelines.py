@@ -100,6 +100,12 @@ class Pipeline:
             changes["guidance_scale"] = read_usual(self.own_files()[USUAL])
         return replace(probe, **changes)
 
+    def guidance_scale(self, probe: Probe) -> float:
+        """What generations are guided by: the probe's scale, else that of the pipeline's folder, else its class's; 1: nothing."""
+        usual = inspect.signature(self.pipe.__call__).parameters.get("guidance_scale")
+        given = [self.completed(probe).guidance_scale, usual.default if usual else None]
+        return next((float(scale) for scale in given if scale is not None), 1.0)
+
     def varied(self, probe: Probe) -> Probe:
         """The probe completed, with the pipeline's other prompts after its own: what is fitted to a few holds for no other."""
         probe = self.completed(probe)

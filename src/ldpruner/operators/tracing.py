@@ -95,8 +95,19 @@ class Call:
     @property
     def batch(self) -> int:
         """How many samples go through the denoiser at once; guidance doubles them."""
-        tensors = [leaf for leaf in tree_flatten((self.args, self.kwargs))[0] if isinstance(leaf, Tensor) and leaf.ndim > 1]
-        return int(tensors[0].shape[0]) if tensors else 1
+        return 1 if self._latents is None else len(self._latents)
+
+    @property
+    def guided(self) -> bool:
+        """Whether the same latents are given twice, without their prompts and then with them, as guidance has it."""
+        if self._latents is None or len(self._latents) % 2:
+            return False
+        return torch.equal(*self._latents.chunk(2))
+
+    @property
+    def _latents(self) -> Tensor | None:
+        leaves = tree_flatten((self.args, self.kwargs))[0]
+        return next((leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 1), None)
 
 
 @dataclass

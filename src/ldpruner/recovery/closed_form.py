@@ -26,6 +26,7 @@ from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, within
 from ldpruner.probes import Probe
 from ldpruner.recovery.activations import Replay, fitting_calls, in_calling_order, outputs
+from ldpruner.recovery.losses import guided
 from ldpruner.surgery import Fitted, correction_of, kept_of, place, pruned_view, set_fitted, with_weights
 
 log = logging.getLogger(__name__)
@@ -51,11 +52,13 @@ def repair(
 
     `pipeline` is the original. All maps are drawn towards what they were, corrections towards none, by `ridge` times the mean
     second moment of what they are given. The activations are those of teacher-forced `calls`, by default those of
-    `activations.fitting_calls`: the original's, put to both models. Costs a few passes over these calls, see
-    `activations.Replay`, and a pass of the original for every gigabyte of its outputs.
+    `activations.fitting_calls`: the original's, put to both models. Where these are guided, what guidance makes of both halves
+    is fitted beside them, see `Errors`. Costs a few passes over these calls, see `activations.Replay`, and a pass of the
+    original for every gigabyte of its outputs.
     """
     teacher = pipeline.denoiser
     calls = calls or fitting_calls(pipeline, probe, batch_size=batch_size)
+    errors = Errors(ridge=ridge, guidance_scale=pipeline.guidance_scale(probe) if calls[0].guided else None)
     student = pruned_view(teacher, edits, fitted)
     weights = {name: pair for name, pair in fitted.items() if name in pointwise_wanted(edits)}
     names, replay = fitted_in_order(student, edits, calls[0]), Replay(student, calls)
@@ -69,11 +72,11 @@ def repair(
             continue  # one row a sample, such as an embedding of the timestep: as many that differ as there are timesteps, too few
         if not isinstance(module, StandIn):
             if not torch.equal(next(replay.reach(name))[2], made[0]):  # else nothing before it has changed
-                weights[kept_of(name)] = _fit_map(replay, name, module, made, ridge=ridge)
+                weights[kept_of(name)] = _fit_map(replay, name, module, made, errors)
                 place(student, name, with_weights(module, *weights[kept_of(name)]))
             continue
         key = name if isinstance(module, Pointwise) else correction_of(name)
-        weights[key] = _fit_stand_in(replay, name, module, made, ridge=ridge, start=fitted.get(name))
+        weights[key] = _fit_stand_in(replay, name, module, made, errors, start=fitted.get(name))
         set_fitted(module, *weights[key])
     log.info("fitted %d maps front to back on %d calls of %d samples", len(weights), len(calls), calls[0].batch)
     return weights
@@ -112,45 +115,45 @@ def _can_be_fitted(stand_in: nn.Module) -> bool:
 
 
 def _fit_stand_in(
-    replay: Replay, name: str, stand_in: StandIn, wanted: Sequence[Tensor], *, ridge: float, start: Pair | None
+    replay: Replay, name: str, stand_in: StandIn, wanted: Sequence[Tensor], errors: Errors, *, start: Pair | None
 ) -> Pair:
     """The pair of one stand-in, from what it is given in the student and what its operator made in the teacher."""
     if isinstance(stand_in, Shortcut):
         child, scale = stand_in.options["child"], stand_in.options["scale"]
         module = stand_in.get_submodule(child)
-        return _fit_map(replay, f"{name}.{child}", module, [made / scale for made in wanted], ridge=ridge)
+        return _fit_map(replay, f"{name}.{child}", module, [made / scale for made in wanted], errors)
     if isinstance(stand_in, Pointwise):
         assert start is not None
         moments = Moments.empty(stand_in.options["channels"])
         for (args, kwargs, _), made in zip(replay.reach(name), wanted, strict=True):
             given = resample(stand_in.pick(stand_in.options["source"], args, kwargs), stand_in.options["grid"])
-            moments.add(rows(given), rows(made))
-        return moments.solve(ridge, start[0])
-    return _fit_channels(replay, name, wanted, ridge=ridge)
+            errors.add(moments, rows(given), rows(made))
+        return moments.solve(errors.ridge, start[0])
+    return _fit_channels(replay, name, wanted, errors)
 
 
-def _fit_channels(replay: Replay, name: str, wanted: Sequence[Tensor], *, ridge: float) -> Pair:
+def _fit_channels(replay: Replay, name: str, wanted: Sequence[Tensor], errors: Errors) -> Pair:
     """The scale and shift of every channel of what a module makes."""
     sums = ChannelSums()
     for (_, _, output), made in zip(replay.reach(name), wanted, strict=True):
-        sums.add(rows(output), rows(made))
-    return sums.solve(ridge)
+        errors.add(sums, rows(output), rows(made))
+    return sums.solve(errors.ridge)
 
 
-def _fit_map(replay: Replay, name: str, module: Any, wanted: Sequence[Tensor], *, ridge: float) -> Pair:
+def _fit_map(replay: Replay, name: str, module: Any, wanted: Sequence[Tensor], errors: Errors) -> Pair:
     """The weight and bias of a map that stays, on some of the positions; a scale and shift of its outputs where they are few."""
     inputs, positions = module.weight[0].numel(), len(rows(wanted[0])) * len(wanted)
     if inputs > min(positions, INPUTS):
-        scale, shift = (values.to(module.weight.device) for values in _fit_channels(replay, name, wanted, ridge=ridge))
+        scale, shift = (values.to(module.weight.device) for values in _fit_channels(replay, name, wanted, errors))
         return torch.einsum("o...,o->o...", module.weight.float(), scale), module.bias.float() * scale + shift
     draw, moments = torch.Generator().manual_seed(0), Moments.empty([inputs, len(module.weight)])
     for (args, kwargs, _), made in zip(replay.reach(name), wanted, strict=True):
         given, answers = _patches(module, args[0] if args else kwargs["input"]), rows(made)
         if positions > ROWS:
-            some = torch.rand(len(answers), generator=draw).lt(ROWS / positions).to(answers.device)
+            some = errors.some(len(answers), ROWS / positions, draw).to(answers.device)
             given, answers = given[some], answers[some]
-        moments.add(given, answers)
-    weight, bias = moments.solve(ridge, module.weight.float().flatten(1))
+        errors.add(moments, given, answers)
+    weight, bias = moments.solve(errors.ridge, module.weight.float().flatten(1))
     return weight.view(module.weight.shape), bias
 
 
@@ -162,19 +165,50 @@ def _patches(module: nn.Module, given: Tensor) -> Tensor:
     return given.flatten(0, -2).float()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Errors:
+    """Which squared errors of a map are made small: of what each sample is given, and of what guidance makes of both its halves.
+
+    Classifier-free guidance answers g c - (g - 1) u, with prompts and without, and so makes much of errors in which the halves
+    differ, which each alone does not tell apart. A map is linear, so the same combination of what it is given and of what is
+    wanted is one more row to fit. It weighs 1 / (g^2 + (g - 1)^2): errors that know nothing of each other count alike in both.
+    """
+
+    ridge: float
+    guidance_scale: float | None = None  # None: calls have no halves
+
+    def add(self, sums: Moments | ChannelSums, given: Tensor, wanted: Tensor) -> None:
+        """Take in rows `(positions, channels)` of both, those without prompts first."""
+        sums.add(given, wanted)
+        if self.guidance_scale is not None:
+            weight = 1 / (self.guidance_scale**2 + (self.guidance_scale - 1) ** 2)
+            sums.add(self._guided(given), self._guided(wanted), weight)
+
+    def _guided(self, rows: Tensor) -> Tensor:
+        assert self.guidance_scale is not None
+        without, prompted = rows.chunk(2)
+        return guided(without, prompted, self.guidance_scale)
+
+    def some(self, count: int, share: float, draw: torch.Generator) -> Tensor:
+        """Which of `count` rows to take, `(count,)`; the same of both halves."""
+        if self.guidance_scale is None:
+            return torch.rand(count, generator=draw).lt(share)
+        return torch.rand(count // 2, generator=draw).lt(share).repeat(2)
+
+
 @dataclass
 class ChannelSums:
     """Sums per channel, over every position seen, of what a stand-in gives, of what is wanted, and of their products."""
 
-    count: int = 0
+    count: float = 0
     sums: dict[str, Tensor] = field(default_factory=dict)
 
-    def add(self, given: Tensor, wanted: Tensor) -> None:
-        """Take in rows `(positions, channels)` of both."""
+    def add(self, given: Tensor, wanted: Tensor, weight: float = 1.0) -> None:
+        """Take in rows `(positions, channels)` of both, whose squared errors count `weight` times."""
         x, y = given.double(), wanted.double()
         new = {"x": x, "y": y, "xx": x * x, "xy": x * y}
-        self.count += len(x)
-        self.sums = {name: self.sums.get(name, 0.0) + values.sum(0).cpu() for name, values in new.items()}
+        self.count += weight * len(x)
+        self.sums = {name: self.sums.get(name, 0.0) + weight * values.sum(0).cpu() for name, values in new.items()}
 
     def solve(self, ridge: float) -> Pair:
         """The scale `(channels,)`, drawn towards 1, and shift of the least squared error; float32."""

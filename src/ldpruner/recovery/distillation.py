@@ -9,7 +9,6 @@ draw from a global generator, and a teacher's answer has no noise to average out
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import time
 from collections.abc import Mapping
@@ -177,11 +176,12 @@ def _learning(
         batches.noising.check_same(Noising.of(each).to(accelerator.device), (master.source, each.source))
         _check_answers(each.denoiser, call, batches.caller.sample_shape, (master.source, each.source))
     denoiser: Any = copy.deepcopy(pupil.denoiser).float().to(accelerator.device).eval()
+    usual = master.guidance_scale(probe or GENERATED)
     lesson = Lesson(
         teacher=master.denoiser.eval(),
         taps=find_taps(denoiser, master.denoiser, call) if settings.feature_weight else (),
         settings=settings,
-        guidance_scale=_guidance_scale(master, settings, probe),
+        guidance_scale=usual if settings.guidance_scale is None else settings.guidance_scale,
         accelerator=accelerator,
         guide=worse.denoiser.eval() if worse is not None else None,
     )
@@ -204,13 +204,6 @@ def _check_answers(student: Any, call: Call, shape: tuple[int, ...], sources: tu
         raise PipelineError(f"{sources[1]}: does not take what {sources[0]} gives its denoiser ({error}).") from error
     if tuple(answer.shape[1:]) != shape:
         raise PipelineError(f"{sources[1]}: answers with {tuple(answer.shape[1:])} to latents of {shape}, which is not supported.")
-
-
-def _guidance_scale(pipeline: Pipeline, settings: Distillation, probe: Probe | None) -> float:
-    """The guidance loss's own scale, else the probe's, else the pipeline's usual."""
-    usual = inspect.signature(pipeline.pipe.__call__).parameters.get("guidance_scale")
-    given = [settings.guidance_scale, pipeline.completed(probe or GENERATED).guidance_scale, usual.default if usual else None]
-    return next((float(scale) for scale in given if scale is not None), 1.0)
 
 
 def _run(learning: Learning, checkpoints: Checkpoints, start: Checkpoint | None, made_with: Mapping[str, Any]) -> float:
