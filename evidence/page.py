@@ -34,11 +34,11 @@ evidence/page.py` from these lines. All methods take the same operators, budgets
 is that of one denoiser call, measured in turn with the original's, repair included; `alone` is that of the same plans, which
 are in `evidence/results/plans/`, once more in one run of `python evidence/latency.py` with nothing beside it. `pruned` is the
 plan as it is, `repaired` after `--repair closed-form`, `distilled` after that and so many steps of distillation. Of several
-seeds the mean is shown, and after ± half of what lies between the lowest and the highest. `fine-tuned` is the control: the
-original taught as the students are. Where these only imitate it (task weight 0, no guide) it has nothing to learn, and there is
-no such line. How students learn was found by trying on those of `ld-pruner, sweep`, seed 0, and is the same for all. Most
-prompts of zoo:emoji are captions of training pictures; what is said of `unseen captions` is measured on more samples, one for
-each caption that no such picture has.
+seeds the mean is shown, and after ± half of what lies between the lowest and the highest. `original, taught` is the control:
+the original learns as the students do. Where these only imitate it (task weight 0, no guide) it has nothing to learn, and there is
+no such line. How students learn was found by trying on those of `ld-pruner, sweep`, seed 0, and is the same for all at a budget;
+what lies between students of one plan under several seeds is training's own chance. Most prompts of zoo:emoji are captions of
+training pictures; what is said of `unseen captions` is measured on more samples, one for each caption that no such picture has.
 """
 
 
