@@ -94,6 +94,8 @@ def test_the_same_positions_of_both_halves_are_taken() -> None:
     some = Errors(ridge=0.0, guidance_scale=2.0).some(100, 0.5, torch.Generator().manual_seed(0))
     assert torch.equal(some[:50], some[50:])
     assert 10 < some.sum() < 90
+    assert Errors(ridge=0.0, guidance_scale=2.0).some(7, 0.5, torch.Generator()).shape == (7,), "what is odd has no halves"
+    Errors(ridge=0.0, guidance_scale=2.0).add(Moments.empty([2, 1]), torch.ones(7, 2), torch.ones(7, 1))
     assert Errors(ridge=0.0).some(7, 0.5, torch.Generator().manual_seed(0)).shape == (7,)
 
 

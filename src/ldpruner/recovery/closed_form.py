@@ -180,18 +180,15 @@ class Errors:
     def add(self, sums: Moments | ChannelSums, given: Tensor, wanted: Tensor) -> None:
         """Take in rows `(positions, channels)` of both, those without prompts first."""
         sums.add(given, wanted)
-        if self.guidance_scale is not None:
-            weight = 1 / (self.guidance_scale**2 + (self.guidance_scale - 1) ** 2)
-            sums.add(self._guided(given), self._guided(wanted), weight)
-
-    def _guided(self, rows: Tensor) -> Tensor:
-        assert self.guidance_scale is not None
-        without, prompted = rows.chunk(2)
-        return guided(without, prompted, self.guidance_scale)
+        scale = self.guidance_scale
+        if scale is not None and len(given) % 2 == 0:  # what is odd has no halves, such as one row for all samples
+            (given_without, given_prompted), (without, prompted) = given.chunk(2), wanted.chunk(2)
+            weight = 1 / (scale**2 + (scale - 1) ** 2)
+            sums.add(guided(given_without, given_prompted, scale), guided(without, prompted, scale), weight)
 
     def some(self, count: int, share: float, draw: torch.Generator) -> Tensor:
         """Which of `count` rows to take, `(count,)`; the same of both halves."""
-        if self.guidance_scale is None:
+        if self.guidance_scale is None or count % 2:
             return torch.rand(count, generator=draw).lt(share)
         return torch.rand(count // 2, generator=draw).lt(share).repeat(2)
 
