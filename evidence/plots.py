@@ -17,6 +17,7 @@ from matplotlib import pyplot as plt
 
 OURS = "ld-pruner"
 NEAR = 0.2  # what a closer look shows lies this far from the original's distance, at most
+COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold", "navy", "crimson", "indigo")
 PANELS = ("pruned", "distilled", "distilled, near the original")
 
 
@@ -73,7 +74,7 @@ def courses(lines: Sequence[Line], original: Line, few: int, file: Path, *, titl
 def _drawn(method: str) -> Mapping[str, Any]:
     """One look for a method in every plot; the default is drawn heavily, and rivals are dashed."""
     number = list(WAYS).index(method) if method in WAYS else len(WAYS) + len(method)
-    look: dict[str, Any] = {"color": f"C{number % 10}", "marker": "os^vDPX<>"[number % 9], "markersize": 5}
+    look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": "os^vDPX<>"[number % 9], "markersize": 5}
     default = method == next(iter(WAYS))
     return look | {
         "linestyle": "-" if method.startswith(OURS) else "--",
