@@ -21,6 +21,7 @@ import functools
 import hashlib
 import itertools
 import json
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -287,6 +288,7 @@ class Bench:
             "seconds_measuring": time.monotonic() - began,
             "settings": self.settings,
             "environment": environment(self.original.denoiser),
+            "commit": commit(),
         }
         append_json_line(self.results, line)
 
@@ -330,6 +332,16 @@ class Bench:
 
     def run_folder(self, method: str, seed: int) -> Path:
         return self.work / f"scores-{WAYS[method].scorer}-{seed}"
+
+
+def commit() -> str | None:
+    """The commit that runs, with `-dirty` where files differ from it; none outside a git checkout."""
+    try:
+        words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+        found = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError:  # no git here
+        return None
+    return found.stdout.strip() or None
 
 
 @torch.no_grad()

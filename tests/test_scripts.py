@@ -97,6 +97,7 @@ def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_mi
     assert [line["stage"] for line in first] == stages
     original, pruned, repaired, distilled, tuned, fresh, again = first
     assert pruned["latency_ratio"] <= 0.95
+    assert {line["commit"] for line in first} == {runpy.run_path(str(ROOT / "evidence" / "run.py"))["commit"]()}
     assert pruned["figures"]["4"]["latent-shift"]["value"] != repaired["figures"]["4"]["latent-shift"]["value"]
     assert distilled["distillation"]["steps"] == 2
     assert [point["steps"] for point in distilled["course"]] == [0, 1]
