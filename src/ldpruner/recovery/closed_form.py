@@ -169,9 +169,10 @@ def _patches(module: nn.Module, given: Tensor) -> Tensor:
 class Errors:
     """Which squared errors of a map are made small: of what each sample is given, and of what guidance makes of both its halves.
 
-    Classifier-free guidance (arXiv 2207.12598, equation 6 with g = 1 + w) answers g c - (g - 1) u, with prompts and without, and so
-    makes much of errors in which the halves differ, which each alone does not tell apart. A map is linear, so the same combination of what
-    it is given and of what is wanted is one more row to fit. It weighs 1 / (g^2 + (g - 1)^2): errors that know nothing of each other count alike in both.
+    Classifier-free guidance (arXiv 2207.12598, equation 6 with g = 1 + w) answers g c - (g - 1) u, with prompts and without,
+    and so makes much of errors in which the halves differ, which each alone does not tell apart. A map is linear, so the same
+    combination of what it is given and of what is wanted is one more row to fit. It weighs 1 / (g^2 + (g - 1)^2): errors that
+    know nothing of each other count alike in both.
     """
 
     ridge: float
