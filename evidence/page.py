@@ -22,6 +22,7 @@ from ldpruner.files import read_json_lines, write_text
 from ldpruner.reporting import environment_line, percent
 
 TO_DATA = "latent-frechet-to-data"
+SHARES = ("latency_predicted", "latency_ratio", "latency_alone", "params_ratio", "macs_ratio")
 UNSEEN_CAPTIONS = tuple(UNSEEN + name for name in OF_CAPTIONS)
 SECOND = (*OF_CAPTIONS, *UNSEEN_CAPTIONS, "class-balance", "precision", "recall", TO_DATA)  # beside the Fréchet distance
 TITLES = {name: f"{METRICS[name].title} {'↓' if METRICS[name].better == 'lower' else '↑'}" for name in METRICS}
@@ -31,14 +32,15 @@ HEAD = """# Evidence: every method side by side
 
 Made by `python evidence/run.py --data DIR`, which adds a line to `evidence/results/` with every result, and by `python
 evidence/page.py` from these lines. All methods take the same operators, budgets, repair, distillation, data and judge. Latency
-is that of one denoiser call, measured in turn with the original's, repair included; `alone` is that of the same plans, which
-are in `evidence/results/plans/`, once more in one run of `python evidence/latency.py` with nothing beside it. `pruned` is the
-plan as it is, `repaired` after `--repair closed-form`, `distilled` after that and so many steps of distillation. Of several
-seeds the mean is shown, and after ± half of what lies between the lowest and the highest. `original, taught` is the control:
-the original learns as the students do. Where these only imitate it (task weight 0, no guide) it has nothing to learn, and there is
-no such line. How students learn was found by trying on those of `ld-pruner, sweep`, seed 0, and is the same for all at a budget;
-what lies between students of one plan under several seeds is training's own chance. Most prompts of zoo:emoji are captions of
-training pictures; what is said of `unseen captions` is measured on more samples, one for each caption that no such picture has.
+is that of one denoiser call: `predicted` from the times of operators, `measured` in turn with the original's, repair included,
+and `alone`, once more in one run of `python evidence/latency.py` with nothing beside it; plans are in
+`evidence/results/plans/`. `pruned` is the plan as it is, `repaired` after `--repair closed-form`, `distilled` after that and so
+many steps of distillation. Of several seeds the mean is shown, and after ± half of what lies between the lowest and the
+highest. `original, taught` is the control: the original learns as the students do. Where these only imitate it (task weight 0,
+no guide) it has nothing to learn, and there is no such line. How students learn was found by trying on those of `ld-pruner,
+sweep`, seed 0, and is the same for all at a budget; what lies between students of one plan under several seeds is training's
+own chance. Most prompts of zoo:emoji are captions of training pictures; what is said of `unseen captions` is measured on more
+samples, one for each caption that no such picture has.
 """
 
 
@@ -46,7 +48,8 @@ def write_page(results: Path, page: Path) -> None:
     """Write the page, and its plots beside it."""
     lines = [line for file in sorted(results.glob("*.jsonl")) for line in read_json_lines(file)]
     for line in lines:
-        line["latency_alone"] = _alone(line, results / "latencies" / f"{line['pipeline']}.json")
+        alone = _of_plan(line, results / "latencies" / f"{line['pipeline']}.json", "ratios")
+        line |= {"latency_alone": alone.get("value"), "latency_predicted": alone.get("predicted")}
         line["shifts"] = _of_plan(line, results / "shifts" / f"{line['pipeline']}.json").get("rows", [])
     parts = [HEAD]
     for name in sorted({line["pipeline"] for line in lines}, key=("fashion", "emoji", "digits").index):
@@ -67,11 +70,6 @@ def _one_original(lines: Iterable[Line]) -> list[Line]:
     found = list(lines)
     first = next((line for line in found if line["stage"] == "original"), None)
     return [line for line in found if line["stage"] != "original" or line is first]
-
-
-def _alone(line: Line, file: Path) -> float | None:
-    """The latency of a line's plan where all plans were measured in one run."""
-    return _of_plan(line, file, "ratios").get("value")
 
 
 def _of_plan(line: Line, file: Path, part: str | None = None) -> dict[str, Any]:
@@ -126,12 +124,13 @@ def _controls(lines: Sequence[Line], many: int, few: int) -> str:
 
 
 def _before_and_after(groups: Sequence[Group], many: int, few: int) -> str:
-    head = ["method", "seeds", "latency", "alone", "parameters", "MACs", "edits", "latent shift: pruned", "repaired",
-            f"Fréchet ({few:,}): pruned", "repaired", f"Fréchet ({many:,}): distilled", "pruning, s", "distilling, s"]  # fmt: skip
+    head = ["method", "seeds", "latency: predicted", "measured", "alone", "parameters", "MACs", "edits", "latent shift: pruned",
+            "repaired", f"Fréchet ({few:,}): pruned", "repaired", f"Fréchet ({many:,}): distilled", "pruning, s",
+            "distilling, s"]  # fmt: skip
     table = [head]
     for group in groups:
         stage = next(iter(reversed(group.stages)))
-        found = [group.plain(stage, key) for key in ("latency_ratio", "latency_alone", "params_ratio", "macs_ratio")]
+        found = [group.plain(stage, key) for key in SHARES]
         ratios = [percent(statistics.mean(values)) if values else "" for values in found]
         table.append([
             group.title,
