@@ -335,13 +335,17 @@ class Bench:
 
 
 def commit() -> str | None:
-    """The commit that runs, with `-dirty` where files differ from it; none outside a git checkout."""
+    """The commit that runs, with `-dirty` where code differs from it (results do as they come); none outside a git checkout."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=False).stdout.strip()
+
+    folder = Path(__file__).parent
     try:
-        words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-        found = subprocess.run(words, capture_output=True, text=True, check=False)
+        head, changed = git("rev-parse", "--short", "HEAD"), git("status", "--porcelain", "--", "*.py", "../src")
     except OSError:  # no git here
         return None
-    return found.stdout.strip() or None
+    return f"{head}-dirty" if head and changed else head or None
 
 
 @torch.no_grad()
