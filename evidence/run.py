@@ -16,7 +16,6 @@ same settings is not made again.
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import hashlib
 import itertools
@@ -30,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 import ldpruner
@@ -51,21 +49,10 @@ from lines import OF_CAPTIONS, UNSEEN, place_of
 from methods import WAYS
 from page import write_page
 from pictures import show
+from recipes import LONGER, RECIPES
 from remembering import remembering
+from students import averaged, untrained
 
-GUIDE = "ld-pruner, ratio at 40%"
-LEARNT_BY = ("distil_steps", "milestones", "learning_rate", "task_weight", "guide_budget", "autoguidance_scale")
-RECIPES: dict[str, dict[str, Any]] = {  # how students learn, where the command line does not say otherwise; all methods alike
-    name: dict(zip(LEARNT_BY, recipe, strict=True))
-    for name, recipe in {
-        "fashion": (400, [100, 200], 1e-4, 0.0, GUIDE, 1.4),
-        "emoji": (1000, [250, 500], 5e-4, 1.0, None, 1.4),
-        "digits": (1600, [400, 800], 5e-4, 0.0, GUIDE, 1.8),
-    }.items()
-}
-LONGER: dict[tuple[str, str], dict[str, Any]] = {  # budgets after which more is to be learnt
-    ("emoji", "50%"): {"distil_steps": 3000, "milestones": [500, 1000, 2000]},
-}
 NAMES = tuple(RECIPES)
 STAGES = ("pruned", "repaired", "distilled")
 SETTINGS = (
@@ -348,33 +335,6 @@ def commit() -> str | None:
     return f"{head}-dirty" if head and changed else head or None
 
 
-@torch.no_grad()
-def averaged(denoiser: nn.Module, work: Path, steps: int) -> nn.Module:
-    """A student as its moving average was after some steps, of which a checkpoint is kept; 0: as it began."""
-    then = copy.deepcopy(denoiser)
-    if steps:
-        held = load_file(work / f"checkpoint-{steps}" / "training.safetensors")
-        for name, parameter in then.named_parameters():
-            if f"average.{name}" in held:  # the others did not learn
-                parameter.copy_(held[f"average.{name}"])
-    return then
-
-
-@torch.no_grad()
-def untrained(denoiser: nn.Module) -> nn.Module:
-    """A copy with every weight drawn anew, as each layer draws its own; scales begin at one and shifts at nought."""
-    torch.manual_seed(0)
-    fresh = copy.deepcopy(denoiser)
-    for module in fresh.modules():
-        draw = getattr(module, "reset_parameters", None)
-        if callable(draw):
-            draw()
-        for name, parameter in module.named_parameters(recurse=False):
-            if name in ("scale", "shift"):
-                parameter.fill_(float(name == "scale"))
-    return fresh
-
-
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, help="fashion, emoji, digits; all of them by default")
@@ -390,7 +350,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--score-samples", type=int, default=16)
     parser.add_argument("--score-steps", type=int, default=6)
-    parser.add_argument("--distil-steps", type=int, help="0: none; this and what has no default: see RECIPES")
+    parser.add_argument("--distil-steps", type=int, help="0: none; this and what has no default: see recipes.py")
     parser.add_argument("--milestones", nargs="*", type=int, help="multiples of the first, after which seed 0 is measured")
     parser.add_argument("--distil-batch", type=int, default=32)
     parser.add_argument("--distil-latents", type=int, default=1000, help="generations of the teacher, where no data is given")
