@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,3 +64,10 @@ def label(line: Line) -> str:
     if line["stage"] == "fine-tuned":
         return f"original, taught for {line['settings']['distil_steps']:,} steps"
     return str(line["stage"])
+
+
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows as Markdown, the first one their head."""
+    head, *body = rows
+    whole = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(row) + " |" for row in whole) + "\n"

@@ -1,6 +1,6 @@
 """`docs/evidence.md` from the lines of `evidence/results/`: tables, plots, pictures; nothing that was not measured.
 
-python evidence/page.py
+python evidence/page.py --readme README.md     # and the README's tables of the same
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from claims import claims
-from lines import OF_CAPTIONS, UNSEEN, Group, Line, course, grouped, label, place_of
+from lines import OF_CAPTIONS, UNSEEN, Group, Line, course, grouped, label, markdown_table, place_of
 from plots import courses, quality_by_latency
+from summary import put_into, summary
 
 from ldpruner.evaluation import METRICS
 from ldpruner.files import read_json_lines, write_text
@@ -42,22 +43,33 @@ sweep`, seed 0, and is the same for all at a budget; what lies between students 
 own chance. Most prompts of zoo:emoji are captions of training pictures; what is said of `unseen captions` is measured on more
 samples, one for each caption that no such picture has.
 """
+TOGETHER = """## All pipelines
+
+Fréchet distances after distillation, one figure a seed; lower is better. Last the geometric mean over the pipelines, each
+figure divided by the original's: the mean over seeds that all have, and after ± half of what lies between them.
+"""
 
 
 def write_page(results: Path, page: Path) -> None:
     """Write the page, and its plots beside it."""
-    lines = [line for file in sorted(results.glob("*.jsonl")) for line in read_json_lines(file)]
-    for line in lines:
-        alone = _of_plan(line, results / "latencies" / f"{line['pipeline']}.json", "ratios")
-        line |= {"latency_alone": alone.get("value"), "latency_predicted": alone.get("predicted")}
-        line["shifts"] = _of_plan(line, results / "shifts" / f"{line['pipeline']}.json").get("rows", [])
-    parts = [HEAD]
+    lines = known_lines(results)
+    parts = [HEAD, TOGETHER, summary(lines)]
     for name in sorted({line["pipeline"] for line in lines}, key=("fashion", "emoji", "digits").index):
         mine = [line for line in lines if line["pipeline"] == name]
         for number, settings in enumerate({str(_shared(line)): _shared(line) for line in mine}.values()):
             some = _one_original(line for line in mine if _shared(line) == settings)
             parts.append(_section(name, settings, some, page, f"{name}-{number}" if number else name))
     write_text(page, "\n".join(parts))
+
+
+def known_lines(results: Path) -> list[Line]:
+    """All lines, each with what other scripts found of its plan."""
+    lines = [line for file in sorted(results.glob("*.jsonl")) for line in read_json_lines(file)]
+    for line in lines:
+        alone = _of_plan(line, results / "latencies" / f"{line['pipeline']}.json", "ratios")
+        line |= {"latency_alone": alone.get("value"), "latency_predicted": alone.get("predicted")}
+        line["shifts"] = _of_plan(line, results / "shifts" / f"{line['pipeline']}.json").get("rows", [])
+    return lines
 
 
 def _shared(line: Line) -> dict[str, Any]:
@@ -94,7 +106,7 @@ def _section(name: str, settings: dict[str, Any], lines: Sequence[Line], page: P
         parts.append(f"![quality against latency](evidence/{plots}-quality-by-latency.png)\n")
     if done and original:
         rows = claims(groups, original, _measured([original], many), many, few)
-        parts += ["### What it was to reach\n", _table([["`ld-pruner, sweep` at latency 65 %", "holds", ""], *rows])]
+        parts += ["### What it was to reach\n", markdown_table([["`ld-pruner, sweep` at latency 65 %", "holds", ""], *rows])]
     for budget, steps in dict.fromkeys((group.budget, group.steps) for group in groups):
         some = [group for group in groups if (group.budget, group.steps) == (budget, steps)]
         parts += [
@@ -120,7 +132,7 @@ def _controls(lines: Sequence[Line], many: int, few: int) -> str:
         figures = line["figures"]
         less, more = figures[str(few)].get("frechet"), [figures[str(many)].get(metric) for metric in metrics]
         table.append([label(line), *map(_number, (less, *more))])
-    return _table(table)
+    return markdown_table(table)
 
 
 def _before_and_after(groups: Sequence[Group], many: int, few: int) -> str:
@@ -145,7 +157,7 @@ def _before_and_after(groups: Sequence[Group], many: int, few: int) -> str:
             spread(group.plain("pruned", "seconds_pruning"), "{:.0f}"),
             spread([line["distillation"]["seconds"] for line in group.stages.get("distilled", [])], "{:.0f}"),
         ])  # fmt: skip
-    return _table(table)
+    return markdown_table(table)
 
 
 def _seconds(groups: Sequence[Group], many: int, original: Line | None) -> str:
@@ -160,7 +172,7 @@ def _seconds(groups: Sequence[Group], many: int, original: Line | None) -> str:
     for group in done:
         ratio = statistics.mean(group.values("distilled", "frechet", many)) / own["frechet"]["value"]
         table.append([group.title, percent(ratio), *(spread(group.values("distilled", metric, many)) for metric in metrics)])
-    return _table(table)
+    return markdown_table(table)
 
 
 def _repair(lines: Sequence[Line]) -> str:
@@ -175,7 +187,7 @@ def _repair(lines: Sequence[Line]) -> str:
         "The joint latent shift of other samples than those of the plan, from the same noise (`python evidence/shifts.py`). Of\n"
         "few samples a good part is chance, which repair cannot take away: how each sample differs, not how distributions do.\n\n"
     )
-    return "### Repair\n\n" + said + _table(table) if len(table) > 1 else ""
+    return "### Repair\n\n" + said + markdown_table(table) if len(table) > 1 else ""
 
 
 def _training_noise(lines: Sequence[Line], many: int) -> str:
@@ -188,7 +200,7 @@ def _training_noise(lines: Sequence[Line], many: int) -> str:
     table += [[str(line["seed"]), _number(line["figures"][str(many)]["frechet"])] for line in (*first, *again)]
     return (
         f"### One plan, taught again\n\nThe plan of {again[0]['network']}, seed 0, under other seeds of distillation.\n\n"
-        + _table(table)
+        + markdown_table(table)
     )
 
 
@@ -203,7 +215,7 @@ def _convergence(lines: Sequence[Line], original: Line, few: int) -> str:
         table.append([label(line), *(f"{points[step]:.4g}" if step in points else "" for step in steps), reached])
     return (
         f"Fréchet distance of {few:,} samples after so many steps of distillation; `0` is what distillation began with.\n\n"
-        + _table(table)
+        + markdown_table(table)
     )
 
 
@@ -215,7 +227,7 @@ def _shown(lines: Sequence[Line]) -> str:
         files = line["shown"]
         sound = f"<br>[listen](evidence/{files['sound']})" if "sound" in files else ""
         table.append([label(line) + sound, f"![](evidence/{files['pictures']})"])
-    return "### What they generate\n\n" + _table(table) if rows else ""
+    return "### What they generate\n\n" + markdown_table(table) if rows else ""
 
 
 def _how(settings: dict[str, Any], lines: Sequence[Line]) -> str:
@@ -246,15 +258,12 @@ def _number(found: dict[str, float] | None) -> str:
     return "" if found is None else f"{found['value']:.4g}"
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     parser.add_argument("--page", type=Path, default=Path("docs/evidence.md"))
+    parser.add_argument("--readme", type=Path, help="a file whose tables, between their marks, are written too")
     given = parser.parse_args()
     write_page(given.results, given.page)
+    if given.readme:
+        write_text(given.readme, put_into(given.readme.read_text(encoding="utf-8"), summary(known_lines(given.results))))

@@ -75,3 +75,52 @@ def test_a_worse_distance_misses_every_claim_about_it() -> None:
 
 def test_what_was_not_measured_is_not_claimed() -> None:
     assert claimed(line("random", 1.4)) == {"at 50 %: Fréchet distance no worse": ("not measured", "")}
+
+
+def two(method: str, fashion: float, digits: float, seed: int = 0) -> list[dict[str, Any]]:
+    """Lines of one method on two pipelines."""
+    settings = {"samples": MANY, "distil_steps": 100}
+    both = [line(method, fashion, seed=seed, settings=settings), line(method, digits, seed=seed, settings=settings)]
+    return [{**each, "pipeline": name} for name, lines in zip(("fashion", "digits"), both, strict=True) for each in lines]
+
+
+def originals(stage: str, fashion: float, digits: float, steps: int) -> list[dict[str, Any]]:
+    shared = {"stage": stage, "seed": 0, "settings": {"samples": MANY, "distil_steps": steps}}
+    found = {"fashion": fashion, "digits": digits}
+    return [{**shared, "pipeline": name, "figures": {str(MANY): {"frechet": {"value": found[name]}}}} for name in found]
+
+
+def summed(lines: list[dict[str, Any]]) -> dict[str, list[str]]:
+    from summary import summary
+
+    rows = [[cell.strip() for cell in row.strip("|").split("|")] for row in summary(lines).splitlines() if row]
+    return {row[0]: row[1:] for row in rows}
+
+
+def test_one_figure_a_method_is_the_geometric_mean_beside_the_originals() -> None:
+    lines = originals("original", 1.0, 4.0, 100) + two("ld-pruner, sweep", 0.5, 8.0) + two("ld-pruner, sweep", 0.5, 2.0, seed=1)
+    rows = summed(lines + two("random", 0.9, 4.0)[:3] + two("laptop-diff", 0.5, 1.0))
+    assert rows["original"] == ["1.0000", "4.0000", "100.0 %"]
+    assert rows["ldpruner's default"] == ["0.5000, 0.5000", "8.0000, 2.0000", "75.0 ± 25.0 %"]
+    assert rows["random"] == ["0.9000", "", ""]  # one pipeline lacks it, so there is no figure for all
+    assert [name for name in rows if name in ("random", "LAPTOP-Diff's knapsack", "ldpruner's default")] == [
+        "LAPTOP-Diff's knapsack",
+        "ldpruner's default",
+        "random",
+    ]
+
+
+def test_students_stand_beside_originals_that_were_taught_for_as_long() -> None:
+    lines = originals("original", 1.0, 4.0, 100) + two("ld-pruner, sweep", 0.5, 8.0)
+    rows = summed(lines + originals("fine-tuned", 0.9, 3.6, 100) + originals("fine-tuned", 0.1, 0.4, 300))
+    assert rows["original, taught the same way"] == ["0.9000", "3.6000", "90.0 %"]
+
+
+def test_the_readme_shows_what_the_lines_say() -> None:
+    from page import known_lines
+    from summary import put_into, summary
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert put_into(readme, summary(known_lines(ROOT / "evidence" / "results"))) == readme
+    with pytest.raises(ValueError, match="from here on"):
+        put_into("no marks", "")
