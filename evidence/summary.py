@@ -14,6 +14,10 @@ from ldpruner.reporting import percent
 BEGIN = "<!-- from here on written by `python evidence/page.py --readme README.md` -->"
 END = "<!-- up to here -->"
 ORIGINAL, TAUGHT = "original", "original, taught the same way"
+BESIDE = {
+    "the default's first plan, taught again": "taught again",
+    "the default's network, from random weights": "from random weights",
+}
 NAMES = ("fashion", "emoji", "digits")
 
 Seeds = dict[str, dict[int, float]]  # by pipeline, what each seed came to
@@ -53,6 +57,10 @@ def _rows(lines: Sequence[Line], budget: str) -> Iterator[list[str]]:
     means = {method: overall(found[method], own) for method in WAYS if found[method]}
     for method in sorted(means, key=lambda each: statistics.mean(means[each]) if means[each] else float("inf")):
         yield _row(WAYS[method].title, found[method], own, names)
+    for title, stage in BESIDE.items():
+        seeds = _by_seed(line for line in lines if line["stage"] == stage and line["network"] == f"{OURS}, {budget}")
+        if seeds:
+            yield _row(title, seeds, own, names)
     latencies = [[line for line in students if (line["method"], line["pipeline"]) == (OURS, name)] for name in names]
     yield ["latency of the default's plans, alone", *(", ".join(map(_alone, each)) for each in latencies), ""]
 

@@ -116,6 +116,14 @@ def test_students_stand_beside_originals_that_were_taught_for_as_long() -> None:
     assert rows["original, taught the same way"] == ["0.9000", "3.6000", "90.0 %"]
 
 
+def test_networks_from_random_weights_stand_below_the_methods() -> None:
+    lines = originals("original", 1.0, 4.0, 100) + two("ld-pruner, sweep", 0.5, 8.0)
+    random = originals("from random weights", 9.0, 16.0, 100)
+    rows = summed(lines + [{**each, "network": "ld-pruner, sweep, 65%"} for each in random])
+    assert rows["the default's network, from random weights"] == ["9.0000", "16.0000", "600.0 %"]
+    assert "the default's first plan, taught again" not in rows
+
+
 def test_the_readme_shows_what_the_lines_say() -> None:
     from page import known_lines
     from summary import put_into, summary
