@@ -16,7 +16,7 @@ from typing import Any
 from claims import claims
 from lines import OF_CAPTIONS, UNSEEN, Group, Line, course, grouped, label, markdown_table, place_of
 from plots import courses, quality_by_latency
-from summary import put_into, summary
+from summary import NAMES, put_into, summary
 
 from ldpruner.evaluation import METRICS
 from ldpruner.files import read_json_lines, write_text
@@ -54,7 +54,7 @@ def write_page(results: Path, page: Path) -> None:
     """Write the page, and its plots beside it."""
     lines = known_lines(results)
     parts = [HEAD, TOGETHER, summary(lines)]
-    for name in sorted({line["pipeline"] for line in lines}, key=("fashion", "emoji", "digits").index):
+    for name in sorted({line["pipeline"] for line in lines}, key=NAMES.index):
         mine = [line for line in lines if line["pipeline"] == name]
         for number, settings in enumerate({str(_shared(line)): _shared(line) for line in mine}.values()):
             some = _one_original(line for line in mine if _shared(line) == settings)
