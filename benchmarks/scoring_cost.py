@@ -24,7 +24,7 @@ from ldpruner.environment import environment, peak_since_reset, reset_peak, resi
 from ldpruner.fitting import fit_pointwise, pointwise_wanted
 from ldpruner.operators.timing import device_of
 from ldpruner.plans import Edit
-from ldpruner.scoring import SCORERS
+from ldpruner.scoring import SCORERS, Asked
 from ldpruner.surgery import trial
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     edits = [Edit(operator=o.name, replacement=c.replacement, options=c.options) for o, c in pairs]
     fitted = fit_pointwise(pipeline, pointwise_wanted(edits), probe)
     call = pipeline.call(probe, samples=probe.samples)
-    scores = SCORERS["paper"]().scores(pipeline, edits, probe, fitted=fitted, batch_size=None)
+    scores = SCORERS["paper"]().scores(Asked(pipeline=pipeline, edits=edits, probe=probe, fitted=fitted))
 
     watched = reset_peak(device_of(pipeline.denoiser))
     inside, bare, resident, peak = [], [], [], []

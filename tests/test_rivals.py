@@ -23,7 +23,7 @@ from ldpruner.operators import discover
 from ldpruner.operators.tracing import weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
-from ldpruner.scoring import SCORERS, Run
+from ldpruner.scoring import SCORERS, Asked, Run
 from ldpruner.scoring.block_influence import BlockInfluenceScorer
 from ldpruner.scoring.chance import RandomScorer
 from ldpruner.scoring.denoising import questions
@@ -64,8 +64,8 @@ def edit_of(operators: Operators, name: str, replacement: str) -> Edit:
 
 
 def values(scorer: Any, pipeline: Pipeline, edits: Sequence[Edit], **settings: Any) -> list[float]:
-    settings = {"fitted": {}, "batch_size": None} | settings
-    return [entry.score for entry in scorer.scores(pipeline, edits, settings.pop("probe", PROBE), **settings)]
+    asked = Asked(**{"pipeline": pipeline, "edits": edits, "probe": PROBE} | settings)
+    return [entry.score for entry in scorer.scores(asked)]
 
 
 def outputs(pipeline: Pipeline, path: str, calls: Sequence[Any]) -> list[tuple[Tensor, Tensor]]:
@@ -88,8 +88,9 @@ def test_every_scorer_keeps_the_contract(method: str, kind: str) -> None:
     parameters[3].requires_grad_(False)
     before, modules = weights_digest(denoiser), dict(denoiser.named_modules())
     wanted = [parameter.requires_grad for parameter in parameters]
+    asked = Asked(pipeline=pipeline, edits=edits, probe=PROBE, fitted=fitted, operators=known(kind)[1])
 
-    entries = list(SCORERS[method]().scores(pipeline, edits, PROBE, fitted=fitted, batch_size=None))
+    entries = list(SCORERS[method]().scores(asked))
     assert [entry.key for entry in entries] == [(edit.operator, edit.replacement) for edit in edits]
     assert all(np.isfinite(entry.score) and entry.score >= 0 and entry.seconds >= 0 for entry in entries)
     assert len({entry.score for entry in entries}) > len(edits) / 3
@@ -100,7 +101,7 @@ def test_every_scorer_keeps_the_contract(method: str, kind: str) -> None:
     assert [parameter.requires_grad for parameter in parameters] == wanted
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules.values())
 
-    again = SCORERS[method]().scores(pipeline, edits[::-2], PROBE, fitted=fitted, batch_size=None)
+    again = SCORERS[method]().scores(replace(asked, edits=edits[::-2]))
     assert {entry.key: entry.score for entry in again}.items() <= {entry.key: entry.score for entry in entries}.items()
 
 

@@ -13,13 +13,13 @@ from conftest import PROBE, tiny_unet
 from ldpruner import Edit
 from ldpruner.errors import OperatorError
 from ldpruner.pipelines import Pipeline
-from ldpruner.scoring import SCORERS
+from ldpruner.scoring import SCORERS, Asked
 from ldpruner.scoring.bk_sdm import BKSDMScorer, scheme
 from ldpruner.scoring.ends_and_spread import block_order, spread_over, stage_of_blocks
 
 
 def scores_of(scorer: Any, pipeline: Pipeline, edits: Sequence[Edit]) -> list[float]:
-    return [entry.score for entry in scorer.scores(pipeline, edits, PROBE, fitted={}, batch_size=None)]
+    return [entry.score for entry in scorer.scores(Asked(pipeline=pipeline, edits=edits, probe=PROBE))]
 
 
 def two_layer_unet() -> UNet2DModel:

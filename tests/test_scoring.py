@@ -17,7 +17,7 @@ from ldpruner.ldpruner_v1 import resample
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators
-from ldpruner.scoring import SCORERS, Run
+from ldpruner.scoring import SCORERS, Asked, Run
 from ldpruner.scoring.latent import BROKEN, Statistics, latent_shift, shifts
 from ldpruner.scoring.output_mse import OutputErrorScorer
 
@@ -46,13 +46,9 @@ def test_a_score_is_the_formula_on_the_latents_of_both_models(ldm: Pipeline, ope
 
 def test_changing_nothing_scores_exactly_zero(ldm: Pipeline) -> None:
     assert latent_shift(ldm.latents(PROBE), ldm.latents(PROBE)) == 0.0
-    nothing = SCORERS["paper"]().scores(
-        ldm,
-        [Edit(operator="mid_block.resnets.0.dropout", replacement="identity", options={"returns": [[0, "x"]], "many": False})],
-        PROBE,
-        fitted={},
-        batch_size=None,
-    )
+    options = {"returns": [[0, "x"]], "many": False}
+    edit = Edit(operator="mid_block.resnets.0.dropout", replacement="identity", options=options)
+    nothing = SCORERS["paper"]().scores(Asked(pipeline=ldm, edits=[edit], probe=PROBE))
     assert next(iter(nothing)).score == 0.0
 
 
@@ -187,7 +183,7 @@ def test_a_linear_time_embedding_is_told_from_the_real_one() -> None:
     few = Probe(samples=4, num_inference_steps=6)
     fitted = fit_pointwise(pipeline, {edit.operator: edit.options}, few)
     told, truth = (
-        next(iter(SCORERS["paper"]().scores(pipeline, [edit], probe, fitted=fitted, batch_size=None))).score
+        next(iter(SCORERS["paper"]().scores(Asked(pipeline=pipeline, edits=[edit], probe=probe, fitted=fitted)))).score
         for probe in (few, replace(few, num_inference_steps=20))
     )
     assert told == pytest.approx(truth, rel=0.75)
@@ -203,9 +199,9 @@ def test_a_pointwise_stand_in_resamples_where_the_grid_changes() -> None:
 def test_the_error_of_the_output_is_measured_beside(ldm: Pipeline, operators: Operators) -> None:
     edits = [Edit(operator=o.name, replacement=c.replacement, options=c.options) for o, c in operators.pairs(["identity"])][:4]
     probe = replace(PROBE, samples=6)
-    shared = {"fitted": {}, "batch_size": None}
-    errors = OutputErrorScorer(timesteps=4).scores(ldm, edits, replace(probe, samples=3), **shared)  # type: ignore[arg-type]
-    beside = [entry.output_error for entry in SCORERS["paper"]().scores(ldm, edits, probe, **shared)]  # type: ignore[arg-type]
+    asked = Asked(pipeline=ldm, edits=edits, probe=probe)
+    errors = OutputErrorScorer(timesteps=4).scores(replace(asked, probe=replace(probe, samples=3)))
+    beside = [entry.output_error for entry in SCORERS["paper"]().scores(asked)]
     assert beside == pytest.approx([entry.score**0.5 for entry in errors], rel=1e-5)
 
 

@@ -13,6 +13,7 @@ from ldpruner import Edit
 from ldpruner.operators.tracing import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
+from ldpruner.scoring import Asked
 from ldpruner.scoring.latent import BROKEN
 from ldpruner.scoring.output_mse import OutputErrorScorer
 from ldpruner.scoring.screen import ScreenScorer
@@ -22,7 +23,7 @@ MANY = ScreenScorer(timesteps=2, projections=64)
 
 
 def screened(pipeline: Pipeline, edit: Edit, scorer: Any = MANY, **settings: Any) -> float:
-    [entry] = scorer.scores(pipeline, [edit], PROBE, **{"fitted": {}, "batch_size": None} | settings)
+    [entry] = scorer.scores(Asked(pipeline=pipeline, edits=[edit], probe=PROBE, **settings))
     return float(entry.score)
 
 

@@ -132,6 +132,8 @@ class Score:
     mean_shift: float | None = None  # the two terms of the paper's score; other methods have none
     std_shift: float | None = None
     output_error: float | None = None  # the paper's scorer measures it beside: root mean square, on the original's own inputs
+    judged: str | None = None  # by what the fast scorer judged it: "screen", "output", "latents of 16"
+    doubt: float | None = None  # standard deviation of the score's natural logarithm
 
     @property
     def key(self) -> tuple[str, str]:

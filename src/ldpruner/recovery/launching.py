@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 
 from accelerate import Accelerator, PartialState
@@ -15,6 +13,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from ldpruner.errors import RunError
 from ldpruner.operators.timing import device_of
 from ldpruner.pipelines import Pipeline
+from ldpruner.processes import PATIENCE, check_launch
 from ldpruner.recovery.settings import Distillation
 
 
@@ -24,7 +23,7 @@ def started(settings: Distillation, pipeline: Pipeline, work: Path) -> Iterator[
 
     Raises `RunError` where a precision or a tracker is not to be had here.
     """
-    _check_launch()
+    check_launch("distil")
     fresh = not AcceleratorState._shared_state  # accelerate keeps the first precision of a process for all its Accelerators
     try:
         yield _accelerator(settings, pipeline, work)
@@ -40,7 +39,7 @@ def _accelerator(settings: Distillation, pipeline: Pipeline, work: Path) -> Acce
             mixed_precision=settings.mixed_precision,
             log_with=settings.report_to,
             project_config=ProjectConfiguration(project_dir=str(work), logging_dir=str(work / "tracking")),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # one may still encode while others wait
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],  # one may still encode while others wait
         )
     except (ValueError, RuntimeError, ImportError) as error:
         raise RunError(
@@ -69,13 +68,3 @@ def leave_processes() -> bool:
     main = bool(state.is_main_process)
     state.destroy_process_group()
     return main
-
-
-def _check_launch() -> None:
-    """Raise `RunError` where accelerate was asked for several processes and has started one: on a CPU it leaves that to MPI."""
-    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
-    if asked and not os.environ.keys() & {"RANK", "WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}:
-        raise RunError(
-            "`accelerate launch --cpu` starts one process, however many are asked for, unless MPI starts the others. "
-            "Say torchrun --nproc_per_node N -m ldpruner distil ... --device cpu."
-        )

@@ -6,17 +6,19 @@ from ldpruner.scoring import (
     chance,
     diff_pruning,
     ends_and_spread,
+    fast,
     latent,
     magnitude,
     output_mse,
     screen,
     taylor,
 )
-from ldpruner.scoring.base import SCORERS, Scorer
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.engine import Run, score
 
 __all__ = [
     "SCORERS",
+    "Asked",
     "Run",
     "Scorer",
     "bk_sdm",
@@ -24,6 +26,7 @@ __all__ = [
     "chance",
     "diff_pruning",
     "ends_and_spread",
+    "fast",
     "latent",
     "magnitude",
     "output_mse",

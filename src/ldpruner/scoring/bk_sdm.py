@@ -8,19 +8,16 @@ from dataclasses import dataclass
 from torch import nn
 
 from ldpruner.errors import OperatorError
-from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Score
-from ldpruner.probes import Probe
-from ldpruner.scoring.base import SCORERS
+from ldpruner.plans import Score
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.shared import scored
-from ldpruner.surgery import Fitted
 
 PREFERENCE = ("identity", "shortcut", "zero")  # the cheapest first; anything else after them
 
 
 @SCORERS.register("bk-sdm")
 @dataclass(frozen=True, kw_only=True)
-class BKSDMScorer:
+class BKSDMScorer(Scorer):
     """The place of an operator in BK-SDM's list of what goes: Base, then Small, then Tiny. Costs no denoiser pass.
 
     Base: in each stage, all residual+attention pairs but the first on the way down, and but the first and the last on the
@@ -33,12 +30,10 @@ class BKSDMScorer:
     no stage. Raises `OperatorError` for a denoiser without such stages.
     """
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
-        places = {name: place for place, name in enumerate(scheme(pipeline.denoiser))}
-        stages = list(_stages(pipeline.denoiser))
-        for edit in edits:
+    def scores(self, asked: Asked) -> Iterator[Score]:
+        places = {name: place for place, name in enumerate(scheme(asked.pipeline.denoiser))}
+        stages = list(_stages(asked.pipeline.denoiser))
+        for edit in asked.edits:
             behind = len(places) + _depth(edit.operator, stages)
             place = places.get(edit.operator, behind)
             yield scored(edit, place + _preference(edit.replacement) / 10, seconds=0.0)

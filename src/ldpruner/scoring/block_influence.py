@@ -13,19 +13,18 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldpruner.operators.tracing import Call, Traced, meta_copy, tensors_in, trace
-from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Score
-from ldpruner.probes import Probe
 from ldpruner.replacements import channel_axis
-from ldpruner.scoring.base import SCORERS
-from ldpruner.scoring.shared import Hush, Key, key_of, scored_together, stand_ins_beside
-from ldpruner.surgery import Fitted, trial
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
+from ldpruner.scoring.ledger import Key, key_of
+from ldpruner.scoring.shared import Hush, scored_together, stand_ins_beside
+from ldpruner.surgery import trial
 from ldpruner.trajectories import spread_calls
 
 
 @SCORERS.register("block-influence")
 @dataclass(frozen=True, kw_only=True)
-class BlockInfluenceScorer:
+class BlockInfluenceScorer(Scorer):
     """1 - mean cosine between an operator's output and its stand-in's, position by position along channels.
 
     With `identity` that is ShortGPT's block influence, 1 - E[x y / (|x| |y|)], averaged over samples, positions and
@@ -38,15 +37,13 @@ class BlockInfluenceScorer:
 
     timesteps: int = 4
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
+    def scores(self, asked: Asked) -> Iterator[Score]:
         began = time.perf_counter()
-        calls = spread_calls(pipeline, probe, self.timesteps, batch_size=batch_size)
-        means = {key_of(edit): _Mean() for edit in edits}
-        left_out = by_stream(pipeline.denoiser, [edit for edit in edits if edit.replacement == "zero"], calls[0])
-        replaced = [edit for edit in edits if edit.replacement != "zero"]
-        denoiser, hush = pipeline.denoiser, Hush()
+        calls = spread_calls(asked.pipeline, asked.probe, self.timesteps, batch_size=asked.batch_size)
+        means = {key_of(edit): _Mean() for edit in asked.edits}
+        left_out = by_stream(asked.pipeline.denoiser, [edit for edit in asked.edits if edit.replacement == "zero"], calls[0])
+        replaced = [edit for edit in asked.edits if edit.replacement != "zero"]
+        denoiser, hush = asked.pipeline.denoiser, Hush()
 
         def seen(output: Any, others: Mapping[Key, Any]) -> None:
             for key, other in others.items():
@@ -54,13 +51,13 @@ class BlockInfluenceScorer:
 
         with (
             torch.no_grad(),
-            stand_ins_beside(denoiser, replaced, seen, fitted=fitted, hush=hush),
+            stand_ins_beside(denoiser, replaced, seen, fitted=asked.fitted, hush=hush),
             _streams_beside(denoiser, left_out, means, hush=hush),
         ):
             for call in calls:
                 call.run(denoiser)
         influence = {key: mean.influence for key, mean in means.items()}
-        yield from scored_together(edits, influence, seconds=time.perf_counter() - began)
+        yield from scored_together(asked.edits, influence, seconds=time.perf_counter() - began)
 
 
 @dataclass

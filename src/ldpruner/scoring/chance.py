@@ -3,30 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Score
-from ldpruner.probes import Probe
-from ldpruner.scoring.base import SCORERS
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.shared import scored
-from ldpruner.surgery import Fitted
 
 
 @SCORERS.register("random")
 @dataclass(frozen=True, kw_only=True)
-class RandomScorer:
+class RandomScorer(Scorer):
     """A uniform number in [0, 1) for each operator and replacement, drawn anew for every `probe.seed`.
 
     It is the hash of the three and not the next number of a generator: neither order nor resuming changes it. Costs no
     denoiser pass. One run is one draw: a fair comparison takes several seeds.
     """
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
-        return (scored(edit, uniform(probe.seed, edit), seconds=0.0) for edit in edits)
+    def scores(self, asked: Asked) -> Iterator[Score]:
+        return (scored(edit, uniform(asked.probe.seed, edit), seconds=0.0) for edit in asked.edits)
 
 
 def uniform(seed: int, edit: Edit) -> float:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ldpruner.errors import RunError
-from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Score
-from ldpruner.probes import Probe
-from ldpruner.scoring.base import SCORERS
+from ldpruner.plans import Score
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.gradients import FirstOrder, first_order
-from ldpruner.scoring.shared import Key, scored_together
-from ldpruner.surgery import Fitted
+from ldpruner.scoring.ledger import Key
+from ldpruner.scoring.shared import scored_together
 
 
 @SCORERS.register("diff-pruning")
 @dataclass(frozen=True, kw_only=True)
-class DiffPruningScorer:
+class DiffPruningScorer(Scorer):
     """|sum of <dL_t/dy, y' - y> over the timesteps t with L_t / max L > threshold|; for y and y' see `taylor`.
 
     The paper's importance is |w x the sum of those timesteps' gradients|, summed over the weights of a channel group;
@@ -34,12 +32,10 @@ class DiffPruningScorer:
         if not 0 <= self.threshold < 1:
             raise RunError(f"threshold={self.threshold}: a loss is compared with the largest one, so give 0 or more, below 1.")
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
+    def scores(self, asked: Asked) -> Iterator[Score]:
         began = time.perf_counter()
-        found = first_order(pipeline, edits, probe, timesteps=self.timesteps, fitted=fitted, batch_size=batch_size)
-        yield from scored_together(edits, above(found, self.threshold), seconds=time.perf_counter() - began)
+        found = first_order(asked, timesteps=self.timesteps)
+        yield from scored_together(asked.edits, above(found, self.threshold), seconds=time.perf_counter() - began)
 
 
 def above(found: FirstOrder, threshold: float) -> dict[Key, float]:

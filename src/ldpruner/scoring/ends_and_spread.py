@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ldpruner.operators.stages import stage_of_blocks
 from ldpruner.operators.tracing import meta_copy, trace
-from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Score, within
-from ldpruner.probes import Probe
-from ldpruner.scoring.base import SCORERS
+from ldpruner.plans import Score, within
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.shared import scored
-from ldpruner.surgery import Fitted
 
 
 @SCORERS.register("ends-and-spread")
 @dataclass(frozen=True, kw_only=True)
-class EndsAndSpreadScorer:
+class EndsAndSpreadScorer(Scorer):
     """The place of an operator's block in an order that halves the depth again and again; the ends of stages come last.
 
     TinyFusion, Table 3 as we read it: of DiT-XL's layers chosen by hand, keeping both ends and spreading the cuts recovers
@@ -30,13 +27,11 @@ class EndsAndSpreadScorer:
     Costs no denoiser pass but a traced call without weights.
     """
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
+    def scores(self, asked: Asked) -> Iterator[Score]:
         began = time.perf_counter()
-        called = trace(meta_copy(pipeline.denoiser), pipeline.call(probe).to("meta")).modules
-        places = block_order(stage_of_blocks(pipeline.denoiser, called))
-        for edit in edits:
+        called = trace(meta_copy(asked.pipeline.denoiser), asked.pipeline.call(asked.probe).to("meta")).modules
+        places = block_order(stage_of_blocks(asked.pipeline.denoiser, called))
+        for edit in asked.edits:
             yield scored(edit, _place(edit.operator, places), seconds=time.perf_counter() - began)
             began = time.perf_counter()
 

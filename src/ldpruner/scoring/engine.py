@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-
-from ldpruner.errors import ArtifactError, OperatorError, RunError
-from ldpruner.files import append_json_line, read_json_lines, refused_by_disk, write_json
+from ldpruner.errors import OperatorError, RunError
 from ldpruner.fitting import Weights, fit_pointwise, pointwise_wanted
+from ldpruner.memory import samples_at_once
 from ldpruner.operators import discover
 from ldpruner.operators.tracing import weights_digest
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import SCHEMA, Edit, Operators, Score
+from ldpruner.plans import SCHEMA, Edit, Operators, Quantity, Score, parse_budgets
 from ldpruner.probes import Probe
+from ldpruner.processes import Crew
 from ldpruner.replacements import REPLACEMENTS
-from ldpruner.scoring.base import SCORERS
+from ldpruner.scoring.base import CUTS, SCORERS, Asked, Scorer, Targets
+from ldpruner.scoring.keeping import Store, damaged, read_fitted, read_header, read_operators, read_scores
+from ldpruner.scoring.ledger import Key, Ledger, key_of
 
-Progress = Callable[[Iterable[Score], int, int], Iterable[Score]]  # scores to come, done before, in all
+Progress = Callable[[Iterable[Any], int, int], Iterable[Any]]  # scores or edits to come, done before, in all
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,21 +40,21 @@ class Run:
     @classmethod
     def load(cls, folder: Path) -> Run:
         """Read a run folder. Raises `RunError` where it is none."""
-        header = _read_header(folder)
+        header = read_header(folder)
         if header is None:
             raise RunError(f"{folder}: is no run folder (no run.json). Make one with `ldpruner score MODEL --out {folder}`.")
         try:
             source, method, weights = header["source"], header["method"], header["weights"]
             probe = Probe.from_json(header["probe"])
         except (KeyError, TypeError) as error:
-            raise _damaged(folder / "run.json", error) from error
+            raise damaged(folder / "run.json", error) from error
         return cls(
             source=source,
             method=method,
             probe=probe,
-            operators=_read_operators(folder),
-            scores=tuple(_read_scores(folder)),
-            fitted=_read_fitted(folder / "pointwise.safetensors"),
+            operators=read_operators(folder),
+            scores=tuple(read_scores(folder)),
+            fitted=read_fitted(folder / "pointwise.safetensors"),
             weights=weights,
             folder=folder,
         )
@@ -69,14 +67,18 @@ def score(
     method: str = "paper",
     replacements: Sequence[str] | None = None,
     operators: Operators | None = None,
+    budget: Mapping[str, str | float] | None = None,
     out: Path | None = None,
     batch_size: int | None = None,
+    crew: Crew = Crew(),  # noqa: B008  frozen
     progress: Progress | None = None,
 ) -> Run:
     """Score every operator with every replacement that fits it, and return the run.
 
     With `out`, each score is appended there as it comes, and what an earlier run left there is kept. `replacements` limits
-    what is tried. Raises `RunError` where `out` holds scores of other weights, another probe or another method.
+    what is tried. `budget` says what the scores are for, so that a method which can spends its time there; by default 80, 65 and
+    50 % of the latency. `batch_size` is by default as many samples as memory holds. The processes of a `crew` share the work,
+    and each returns the same run. Raises `RunError` where `out` holds scores of other weights, another probe or another method.
     """
     scorer = SCORERS[method]()
     if probe.samples < 2:
@@ -90,133 +92,93 @@ def score(
         "method": method,
         "probe": probe.to_json(),
         "weights": weights_digest(pipeline.denoiser),
+        "targets": [{b.quantity: str(b) for b in parse_budgets(budget)}] if budget and scorer.budgeted else [],
     }
-    store = _Store(out, header) if out else None
-    operators = operators or (store and store.operators()) or discover(pipeline.denoiser, pipeline.call(probe))
-    edits = [Edit(operator=o.name, replacement=c.replacement, options=c.options) for o, c in operators.pairs(replacements)]
-    if not edits:
-        raise OperatorError(f"{pipeline.source}: none of {', '.join(replacements or REPLACEMENTS)} fits any operator.")
-    done = store.scores() if store else []
-    known = {entry.key for entry in done}
-    to_do = [edit for edit in edits if (edit.operator, edit.replacement) not in known]
-    wanted = pointwise_wanted(edits)
-    fitted = (store and store.fitted(wanted)) or fit_pointwise(pipeline, wanted, probe, batch_size=batch_size)
-    if store:
-        store.begin(operators, fitted)
-    coming = scorer.scores(pipeline, to_do, probe, fitted=fitted, batch_size=batch_size) if to_do else iter(())
-    scores = list(done)
-    for entry in progress(coming, len(done), len(edits)) if progress else coming:
-        scores.append(entry)
-        if store:
-            store.append(entry)
-    asked = {(edit.operator, edit.replacement) for edit in edits}
+    store = Store(out, header, crew.rank) if out else None
+    ledger = Ledger(out, crew, progress)
+    work = _Work(pipeline=pipeline, probe=probe, replacements=replacements, crew=crew, store=store, batch_size=batch_size)
+    operators = work.operators(operators)
+    edits = work.edits(operators)
+    asked = Asked(
+        pipeline=pipeline,
+        edits=edits,
+        probe=probe,
+        fitted=work.fitted(edits, operators),
+        batch_size=work.at_once(),
+        operators=operators,
+        targets=_targets(operators, budget),
+        crew=crew,
+        ledger=ledger,
+    )
+    scores = work.scores(scorer, asked, progress)
     return Run(
         source=pipeline.source,
         method=method,
         probe=probe,
         operators=operators,
-        scores=tuple(entry for entry in scores if entry.key in asked),
-        fitted=fitted,
+        scores=scores,
+        fitted=dict(asked.fitted),
         weights=header["weights"],
         folder=out,
     )
 
 
-class _Store:
-    """A run folder: `run.json`, `operators.json`, `pointwise.safetensors`, and `scores.jsonl` that only ever grows."""
-
-    def __init__(self, folder: Path, header: dict[str, Any]) -> None:
-        self.folder = folder
-        self.header = header
-        found = _read_header(folder)
-        differing = [key for key in ("weights", "probe", "method") if found and found.get(key) != header[key]]
-        if differing:
-            raise RunError(f"{folder}: holds scores of another {' and '.join(differing)}. Name another folder.")
-        self.resumed = found is not None
-
-    def operators(self) -> Operators | None:
-        return _read_operators(self.folder) if self.resumed else None
-
-    def fitted(self, wanted: dict[str, Any]) -> Weights | None:
-        kept = _read_fitted(self.folder / "pointwise.safetensors")
-        return kept if set(wanted) <= set(kept) else None
-
-    def scores(self) -> list[Score]:
-        return _read_scores(self.folder)
-
-    def begin(self, operators: Operators, fitted: Weights) -> None:
-        """Write what scores refer to, the header last: a folder with a header is whole."""
-        if not self.resumed:
-            write_json(self.folder / "operators.json", operators.to_json())
-        path = self.folder / "pointwise.safetensors"
-        if fitted and set(_read_fitted(path)) != set(fitted):
-            _write_fitted(path, fitted)
-        write_json(self.folder / "run.json", self.header)
-
-    def append(self, entry: Score) -> None:
-        append_json_line(self.folder / "scores.jsonl", asdict(entry))
+def _targets(operators: Operators, budget: Mapping[str, str | float] | None) -> tuple[Targets, ...]:
+    """The budget as shares, or those that plans are usually made for: of the latency, where it was timed."""
+    if budget:
+        return ({b.quantity: b.share(operators.total) for b in parse_budgets(budget)},)
+    quantity: Quantity = "latency" if operators.total.latency_ms else "macs"
+    return tuple({quantity: share} for share in CUTS)
 
 
-def _read_header(folder: Path) -> dict[str, Any] | None:
-    path = folder / "run.json"
-    try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(header, dict):
-        raise RunError(f"{path}: is no header of a run. Score again into a new folder.")
-    if header.get("schema") != SCHEMA:
-        raise RunError(f"{path}: schema {header.get('schema')!r} is unknown: this version reads {SCHEMA}.")
-    return header
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """The parts of a run, each taken from its folder where it is there, else made, by the first process where one is enough."""
 
+    pipeline: Pipeline
+    probe: Probe
+    replacements: Sequence[str] | None
+    crew: Crew
+    store: Store | None
+    batch_size: int | None
 
-def _read_operators(folder: Path) -> Operators:
-    path = folder / "operators.json"
-    try:
-        return Operators.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
+    def operators(self, given: Operators | None) -> Operators:
+        """Discovered once: every process is to see the same times. None measures before all have read what the folder holds."""
+        found = given or (self.store.operators() if self.store else None)
+        if found is None and self.crew.leads:
+            found = discover(self.pipeline.denoiser, self.pipeline.call(self.probe))
+        return self.crew.leaders(found)
 
+    def edits(self, operators: Operators) -> list[Edit]:
+        pairs = operators.pairs(self.replacements)
+        if not pairs:
+            allowed = ", ".join(self.replacements or REPLACEMENTS)
+            raise OperatorError(f"{self.pipeline.source}: none of {allowed} fits any operator.")
+        return [Edit(operator=o.name, replacement=c.replacement, options=c.options) for o, c in pairs]
 
-def _read_scores(folder: Path) -> list[Score]:
-    path = folder / "scores.jsonl"
-    try:
-        return [Score(**line) for line in read_json_lines(path)]
-    except ArtifactError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
+    def fitted(self, edits: Sequence[Edit], operators: Operators) -> Weights:
+        wanted = pointwise_wanted(edits)
+        found = self.store.fitted(wanted) if self.store else None
+        if found is None and self.crew.leads:
+            found = fit_pointwise(self.pipeline, wanted, self.probe, batch_size=self.batch_size)
+        fitted = self.crew.leaders(found)
+        if self.store and self.crew.leads:
+            self.store.begin(operators, fitted)
+        return fitted
 
+    def at_once(self) -> int:
+        return self.batch_size or self.crew.leaders(samples_at_once(self.pipeline, self.probe) if self.crew.leads else None)
 
-def _damaged(path: Path, error: Exception) -> RunError:
-    reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return RunError(f"{path}: cannot be read ({reason}). Score again into a new folder.")
-
-
-def _read_fitted(path: Path) -> Weights:
-    if not path.exists():
-        return {}
-    try:
-        tensors = load_file(path)
-        names = [name.removesuffix(":weight") for name in tensors if name.endswith(":weight")]
-        return {name: (tensors[f"{name}:weight"], tensors[f"{name}:bias"]) for name in names}
-    except (OSError, KeyError, SafetensorError) as error:
-        raise _damaged(path, error) from error
-
-
-def _write_fitted(path: Path, fitted: Weights) -> None:
-    scratch = path.with_suffix(".partial")
-    tensors: dict[str, torch.Tensor] = {}
-    for name, (weight, bias) in fitted.items():
-        tensors |= {f"{name}:weight": weight, f"{name}:bias": bias}
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, scratch)
-        scratch.replace(path)
-    except Exception as error:
-        scratch.unlink(missing_ok=True)
-        if not refused_by_disk(error):
-            raise
-        raise ArtifactError(f"{path}: cannot be written ({error}).") from error
+    def scores(self, scorer: Scorer, asked: Asked, progress: Progress | None) -> tuple[Score, ...]:
+        """Of every edit, in order: what is known, and what this process and the others find."""
+        wanted = {key_of(edit) for edit in asked.edits}
+        known = {entry.key: entry for entry in (self.store.scores() if self.store else []) if entry.key in wanted}
+        to_do = [edit for edit in asked.edits if key_of(edit) not in known]
+        coming = scorer.scores(replace(asked, edits=to_do)) if to_do else iter(())
+        found: dict[Key, Score] = {}
+        for entry in progress(coming, len(known), len(asked.edits)) if progress else coming:
+            found[entry.key] = entry
+            if self.store:
+                self.store.append(entry)
+        known |= self.crew.gathered(found)
+        return tuple(known[key_of(edit)] for edit in asked.edits)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ldpruner.operators.tracing import tensors_in
-from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit
-from ldpruner.probes import Probe
+from ldpruner.scoring.base import Asked
 from ldpruner.scoring.denoising import questions
-from ldpruner.scoring.shared import Hush, Key, key_of, stand_ins_beside
+from ldpruner.scoring.ledger import Key, key_of
+from ldpruner.scoring.shared import Hush, stand_ins_beside
 from ldpruner.surgery import Fitted
 
 
@@ -28,9 +28,7 @@ class FirstOrder:
     changes: Mapping[Key, tuple[float, ...]]
 
 
-def first_order(
-    pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, timesteps: int, fitted: Fitted, batch_size: int | None
-) -> FirstOrder:
+def first_order(asked: Asked, *, timesteps: int) -> FirstOrder:
     """<dL_t/dy, y' - y> for every edit and timestep t: y is the operator's output, y' its stand-in's for the same input.
 
     For a linear map with a `zero` in its place, y' - y = -y, and this is -sum(w dL_t/dw) over its weights and bias: the
@@ -40,10 +38,10 @@ def first_order(
     """
     losses: list[float] = []
     changes: list[dict[Key, float]] = []
-    denoiser, watch = pipeline.denoiser, Watch.of(edits)
-    for batch in questions(pipeline, probe, timesteps=timesteps, batch_size=batch_size):
+    denoiser, watch = asked.pipeline.denoiser, Watch.of(asked.edits)
+    for batch in questions(asked.pipeline, asked.probe, timesteps=timesteps, batch_size=asked.batch_size):
         watch.reset()
-        with watched(denoiser, edits, watch, fitted=fitted):
+        with watched(denoiser, asked.edits, watch, fitted=asked.fitted):
             losses.append(sum(_backward(question.loss(denoiser)) for question in batch))
         changes.append({key: float(change.sum()) for key, change in watch.changes.items()})
     return FirstOrder(losses=tuple(losses), changes={key: tuple(step[key] for step in changes) for key in watch.changes})

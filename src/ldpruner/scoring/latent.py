@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Score
-from ldpruner.probes import Probe
-from ldpruner.scoring.base import SCORERS
+from ldpruner.plans import Score
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
-from ldpruner.surgery import Fitted, trial
+from ldpruner.surgery import trial
 from ldpruner.trajectories import spread_calls
 
 
@@ -47,7 +45,7 @@ BROKEN = 1e30  # latents that are not finite: worse than anything, and still a n
 
 @SCORERS.register("paper")
 @dataclass(frozen=True, kw_only=True)
-class PaperScorer:
+class PaperScorer(Scorer):
     """Full trajectories from shared noise, one edit at a time; an edit that changes nothing scores exactly 0.
 
     Costs `(edits + 1) x samples x steps` denoiser passes. That the sampler is deterministic and the noise shared is our
@@ -60,17 +58,15 @@ class PaperScorer:
     watched: int = 8
     timesteps: int = 4
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
-        reference = Statistics.of(pipeline.latents(probe, batch_size=batch_size))
-        few = replace(probe, samples=min(math.ceil(probe.samples / 2), self.watched))
-        calls = spread_calls(pipeline, few, self.timesteps, batch_size=batch_size)
-        known = answers(pipeline.denoiser, calls)
-        for edit in edits:
+    def scores(self, asked: Asked) -> Iterator[Score]:
+        reference = Statistics.of(asked.pipeline.latents(asked.probe, batch_size=asked.batch_size))
+        few = replace(asked.probe, samples=min(math.ceil(asked.probe.samples / 2), self.watched))
+        calls = spread_calls(asked.pipeline, few, self.timesteps, batch_size=asked.batch_size)
+        known = answers(asked.pipeline.denoiser, calls)
+        for edit in asked.mine:
             began = time.perf_counter()
-            with trial(pipeline.denoiser, [edit], fitted=fitted) as changed:
-                modified = Statistics.of(pipeline.latents(probe, batch_size=batch_size))
+            with trial(asked.pipeline.denoiser, [edit], fitted=asked.fitted) as changed:
+                modified = Statistics.of(asked.pipeline.latents(asked.probe, batch_size=asked.batch_size))
                 error = mean_squared_error(known, answers(changed, calls)) ** 0.5
             mean_shift, std_shift = shifts(reference, modified)
             yield Score(

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import nn
 
-from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Score
-from ldpruner.probes import Probe
-from ldpruner.scoring.base import SCORERS
+from ldpruner.plans import Score
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.shared import scored, stand_in
-from ldpruner.surgery import Fitted
 
 
 @SCORERS.register("magnitude")
 @dataclass(frozen=True, kw_only=True)
-class MagnitudeScorer:
+class MagnitudeScorer(Scorer):
     """Mean absolute weight, biases included, of all that an edit takes away; 0 for an operator without parameters.
 
     After Li et al. (arXiv 1608.08710), who sum over filters of one layer; across operators of all sizes a sum would only
@@ -26,13 +23,11 @@ class MagnitudeScorer:
     counted. A norm's weights lie about 1 and a convolution's far below: norms score high. Costs no denoiser pass.
     """
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
-        for edit in edits:
+    def scores(self, asked: Asked) -> Iterator[Score]:
+        for edit in asked.edits:
             began = time.perf_counter()
-            kept = stand_in(pipeline.denoiser, edit, fitted=fitted)
-            value = mean_magnitude(pipeline.denoiser.get_submodule(edit.operator), kept)
+            kept = stand_in(asked.pipeline.denoiser, edit, fitted=asked.fitted)
+            value = mean_magnitude(asked.pipeline.denoiser.get_submodule(edit.operator), kept)
             yield scored(edit, value, seconds=time.perf_counter() - began)
 
 

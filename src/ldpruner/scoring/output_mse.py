@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Score
-from ldpruner.probes import Probe
-from ldpruner.scoring.base import SCORERS
+from ldpruner.plans import Score
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.shared import scored
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
-from ldpruner.surgery import Fitted, trial
+from ldpruner.surgery import trial
 from ldpruner.trajectories import spread_calls
 
 
 @SCORERS.register("output-mse")
 @dataclass(frozen=True, kw_only=True)
-class OutputErrorScorer:
+class OutputErrorScorer(Scorer):
     """Mean squared error between the outputs of the changed and the original denoiser, one edit at a time.
 
     Both are given the inputs that the original met at `timesteps` steps of its own trajectory, so errors do not build up
@@ -30,13 +28,11 @@ class OutputErrorScorer:
 
     timesteps: int = 4
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
-        calls = spread_calls(pipeline, probe, self.timesteps, batch_size=batch_size)
-        reference = answers(pipeline.denoiser, calls)
-        for edit in edits:
+    def scores(self, asked: Asked) -> Iterator[Score]:
+        calls = spread_calls(asked.pipeline, asked.probe, self.timesteps, batch_size=asked.batch_size)
+        reference = answers(asked.pipeline.denoiser, calls)
+        for edit in asked.mine:
             began = time.perf_counter()
-            with trial(pipeline.denoiser, [edit], fitted=fitted) as changed:
+            with trial(asked.pipeline.denoiser, [edit], fitted=asked.fitted) as changed:
                 error = mean_squared_error(reference, answers(changed, calls))
             yield scored(edit, error, seconds=time.perf_counter() - began)

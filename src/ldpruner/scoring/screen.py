@@ -11,18 +11,17 @@ from torch import Tensor
 
 from ldpruner.operators.tracing import Call, tensors_in
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Score
-from ldpruner.probes import Probe
-from ldpruner.scoring.base import SCORERS
+from ldpruner.plans import Score
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.gradients import Watch, watched
+from ldpruner.scoring.ledger import Key
 from ldpruner.scoring.shared import scored_together
-from ldpruner.surgery import Fitted
 from ldpruner.trajectories import spread_calls
 
 
 @SCORERS.register("screen")
 @dataclass(frozen=True, kw_only=True)
-class ScreenScorer:
+class ScreenScorer(Scorer):
     """The root mean square, over the numbers of an output and over calls, of J (y' - y), the output's change to first order.
 
     y is an operator's output, y' its stand-in's for the same input, J the Jacobian of the denoiser's output by y. Both are taken
@@ -37,24 +36,28 @@ class ScreenScorer:
     timesteps: int = 5
     projections: int = 4
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
+    def scores(self, asked: Asked) -> Iterator[Score]:
         began = time.perf_counter()
-        calls = spread_calls(pipeline, probe, self.timesteps, batch_size=batch_size)
-        draw, watch, numbers = torch.Generator().manual_seed(probe.seed), Watch.of(edits), 0
-        squares = dict.fromkeys(watch.changes, 0.0)
-        for call in calls:
-            with watched(pipeline.denoiser, edits, watch, fitted=fitted):
-                output = _output(call, pipeline)
-                numbers += output.numel()
-                for _ in range(self.projections):
-                    watch.reset()
-                    output.backward(_normal(output, draw), retain_graph=True)  # type: ignore[no-untyped-call]
-                    for key, change in watch.changes.items():
-                        squares[key] += float(change.square().sum()) / self.projections
-        values = {key: (square / numbers) ** 0.5 for key, square in squares.items()}
-        yield from scored_together(edits, values, seconds=time.perf_counter() - began)
+        calls = spread_calls(asked.pipeline, asked.probe, self.timesteps, batch_size=asked.batch_size)
+        values = screened(asked, calls, projections=self.projections)
+        yield from scored_together(asked.edits, values, seconds=time.perf_counter() - began)
+
+
+def screened(asked: Asked, calls: Sequence[Call], *, projections: int) -> dict[Key, float]:
+    """The screen's value of every edit, see `ScreenScorer`, on calls that the original made."""
+    draw, watch, numbers = torch.Generator().manual_seed(asked.probe.seed), Watch.of(asked.edits), 0
+    squares = dict.fromkeys(watch.changes, 0.0)
+    for call in calls:
+        with watched(asked.pipeline.denoiser, asked.edits, watch, fitted=asked.fitted):
+            output = _output(call, asked.pipeline)
+            numbers += output.numel()
+            for number in range(projections):
+                watch.reset()
+                more = number + 1 < projections
+                output.backward(_normal(output, draw), retain_graph=more)  # type: ignore[no-untyped-call]
+                for key, change in watch.changes.items():
+                    squares[key] += float(change.square().sum()) / projections
+    return {key: (square / numbers) ** 0.5 for key, square in squares.items()}
 
 
 def _output(call: Call, pipeline: Pipeline) -> Tensor:

@@ -12,14 +12,10 @@ from torch import nn
 
 from ldpruner.plans import Edit, Score
 from ldpruner.scoring.latent import BROKEN
+from ldpruner.scoring.ledger import Key, key_of
 from ldpruner.surgery import Fitted, trial
 
-Key = tuple[str, str]  # operator and replacement, as `Score.key`
 Seen = Callable[[Any, Mapping[Key, Any]], Any]  # an operator's output and its stand-ins', to what goes on instead, or None
-
-
-def key_of(edit: Edit) -> Key:
-    return edit.operator, edit.replacement
 
 
 def scored(edit: Edit, value: float, *, seconds: float) -> Score:

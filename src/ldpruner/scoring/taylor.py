@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Score
-from ldpruner.probes import Probe
-from ldpruner.scoring.base import SCORERS
+from ldpruner.plans import Score
+from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.gradients import first_order
 from ldpruner.scoring.shared import scored_together
-from ldpruner.surgery import Fitted
 
 
 @SCORERS.register("taylor")
 @dataclass(frozen=True, kw_only=True)
-class TaylorScorer:
+class TaylorScorer(Scorer):
     """|sum over timesteps of <dL_t/dy, y' - y>|: how much the loss would change, to first order, if y' took the place of y.
 
     L_t is the denoising loss at `timesteps` spread timesteps on generated latents, y an operator's output and y' its
@@ -30,10 +27,8 @@ class TaylorScorer:
 
     timesteps: int = 20
 
-    def scores(
-        self, pipeline: Pipeline, edits: Sequence[Edit], probe: Probe, *, fitted: Fitted, batch_size: int | None
-    ) -> Iterator[Score]:
+    def scores(self, asked: Asked) -> Iterator[Score]:
         began = time.perf_counter()
-        found = first_order(pipeline, edits, probe, timesteps=self.timesteps, fitted=fitted, batch_size=batch_size)
+        found = first_order(asked, timesteps=self.timesteps)
         values = {key: abs(sum(changes)) for key, changes in found.changes.items()}
-        yield from scored_together(edits, values, seconds=time.perf_counter() - began)
+        yield from scored_together(asked.edits, values, seconds=time.perf_counter() - began)
