@@ -132,6 +132,8 @@ class Score:
     mean_shift: float | None = None  # the two terms of the paper's score; other methods have none
     std_shift: float | None = None
     output_error: float | None = None  # the paper's scorer measures it beside: root mean square, on the original's own inputs
+    judged: str | None = None  # how, where a method judges in more ways than one: "screen", "output", "latents of 16"
+    doubt: float | None = None  # standard deviation of the natural logarithm of the score
 
     @property
     def key(self) -> tuple[str, str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ldpruner.errors import ArtifactError, OperatorError, RunError
-from ldpruner.files import append_json_line, read_json_lines, refused_by_disk, write_json
+from ldpruner.files import append_json_line, refused_by_disk, write_json
 from ldpruner.fitting import Weights, fit_pointwise, pointwise_wanted
 from ldpruner.operators import discover
 from ldpruner.operators.tracing import weights_digest
@@ -21,45 +20,24 @@ from ldpruner.pipelines import Pipeline
 from ldpruner.plans import SCHEMA, Edit, Operators, Score
 from ldpruner.probes import Probe
 from ldpruner.replacements import REPLACEMENTS
+from ldpruner.runs import Scored, damaged, read_header, read_operators, read_scored, read_scores
 from ldpruner.scoring.base import SCORERS
 
 Progress = Callable[[Iterable[Score], int, int], Iterable[Score]]  # scores to come, done before, in all
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything that a plan needs: what can be replaced, what each replacement does, and how that was measured."""
+class Run(Scored):
+    """Everything that a plan needs: what was scored, and the weights of fitted stand-ins."""
 
-    source: str
-    method: str
-    probe: Probe
-    operators: Operators
-    scores: tuple[Score, ...]
     fitted: Weights
-    weights: str  # digest of the denoiser that was scored
     folder: Path | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Run:
         """Read a run folder. Raises `RunError` where it is none."""
-        header = _read_header(folder)
-        if header is None:
-            raise RunError(f"{folder}: is no run folder (no run.json). Make one with `ldpruner score MODEL --out {folder}`.")
-        try:
-            source, method, weights = header["source"], header["method"], header["weights"]
-            probe = Probe.from_json(header["probe"])
-        except (KeyError, TypeError) as error:
-            raise _damaged(folder / "run.json", error) from error
-        return cls(
-            source=source,
-            method=method,
-            probe=probe,
-            operators=_read_operators(folder),
-            scores=tuple(_read_scores(folder)),
-            fitted=_read_fitted(folder / "pointwise.safetensors"),
-            weights=weights,
-            folder=folder,
-        )
+        scored = read_scored(folder)
+        return cls(**vars(scored), fitted=_read_fitted(folder / "pointwise.safetensors"), folder=folder)
 
 
 def score(
@@ -128,21 +106,21 @@ class _Store:
     def __init__(self, folder: Path, header: dict[str, Any]) -> None:
         self.folder = folder
         self.header = header
-        found = _read_header(folder)
+        found = read_header(folder)
         differing = [key for key in ("weights", "probe", "method") if found and found.get(key) != header[key]]
         if differing:
             raise RunError(f"{folder}: holds scores of another {' and '.join(differing)}. Name another folder.")
         self.resumed = found is not None
 
     def operators(self) -> Operators | None:
-        return _read_operators(self.folder) if self.resumed else None
+        return read_operators(self.folder) if self.resumed else None
 
     def fitted(self, wanted: dict[str, Any]) -> Weights | None:
         kept = _read_fitted(self.folder / "pointwise.safetensors")
         return kept if set(wanted) <= set(kept) else None
 
     def scores(self) -> list[Score]:
-        return _read_scores(self.folder)
+        return read_scores(self.folder)
 
     def begin(self, operators: Operators, fitted: Weights) -> None:
         """Write what scores refer to, the header last: a folder with a header is whole."""
@@ -157,44 +135,6 @@ class _Store:
         append_json_line(self.folder / "scores.jsonl", asdict(entry))
 
 
-def _read_header(folder: Path) -> dict[str, Any] | None:
-    path = folder / "run.json"
-    try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
-    if not isinstance(header, dict):
-        raise RunError(f"{path}: is no header of a run. Score again into a new folder.")
-    if header.get("schema") != SCHEMA:
-        raise RunError(f"{path}: schema {header.get('schema')!r} is unknown: this version reads {SCHEMA}.")
-    return header
-
-
-def _read_operators(folder: Path) -> Operators:
-    path = folder / "operators.json"
-    try:
-        return Operators.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(path, error) from error
-
-
-def _read_scores(folder: Path) -> list[Score]:
-    path = folder / "scores.jsonl"
-    try:
-        return [Score(**line) for line in read_json_lines(path)]
-    except ArtifactError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, error: Exception) -> RunError:
-    reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return RunError(f"{path}: cannot be read ({reason}). Score again into a new folder.")
-
-
 def _read_fitted(path: Path) -> Weights:
     if not path.exists():
         return {}
@@ -203,7 +143,7 @@ def _read_fitted(path: Path) -> Weights:
         names = [name.removesuffix(":weight") for name in tensors if name.endswith(":weight")]
         return {name: (tensors[f"{name}:weight"], tensors[f"{name}:bias"]) for name in names}
     except (OSError, KeyError, SafetensorError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def _write_fitted(path: Path, fitted: Weights) -> None:
