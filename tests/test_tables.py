@@ -230,7 +230,13 @@ def test_inspect_shows_every_score_beside_its_operator_and_the_table_below(comma
 def test_inspect_tells_how_scores_were_judged_and_how_surely_where_that_is_known(command: Command, tmp_path: Path) -> None:
     code, out, _ = command("inspect", "ldm", "--scores", judged(tmp_path, judged="latents of 16", doubt=0.125))
     assert code == 0
-    for words in ("judged by", "latents of 16", "doubt", "0.12"):
+    for words in (
+        "judged by",
+        "latents of 16",
+        " doubt ",
+        "0.12",
+        "Doubt is the standard deviation of a score's natural logarithm",
+    ):
         assert words in out, words
 
 

@@ -232,23 +232,27 @@ def prices_table(rows: Sequence[Row], quantity: Quantity) -> Table:
     left = list(rows[0].predicted) if rows else []
     for heading in (*left, "edits", "joint latent shift", "mostly"):
         table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("")
+    if any(row.exhausted for row in rows):
+        table.add_column("")
     for row in rows:
         shares = [percent(row.predicted[name]) for name in left]
         low, high = row.likely
         shifts = f"{row.joint_shift:.3g}", f"{low:.3g} to {high:.3g}"
-        missed = "out of reach" if row.exhausted else ""
-        table.add_row(f"{quantity}={row.target * 100:.4g}%", *shares, f"{row.edits}", *shifts, missed)
+        missed = ["out of reach"] if row.exhausted else []
+        table.add_row(f"{quantity}={row.target * 100:.4g}%", *shares, f"{row.edits}", *shifts, *missed)
     return table
 
 
 def prices_lines(scored: Scored) -> list[str]:
     """What the table of budgets rests on."""
     scores, pairs = len(scored.scores), len(scored.operators.pairs())
+    doubted = any(entry.doubt is not None for entry in scored.scores)
+    doubt = "Doubt is the standard deviation of a score's natural logarithm; the range holds none of it."
     return [
         f"{scored.source}: predicted from {scores} scores of {pairs} replacements by method {scored.method}; nothing was measured.",
         "Joint latent shift: the root of the sum of the edits' squared scores, before repair. Of the plans that we measured most "
         "shifted by as much as the range says; it promises nothing for others.",
+        *([doubt] if doubted else []),
     ]
 
 
