@@ -70,6 +70,8 @@ def test_lines_survive_a_process_that_died_while_writing(tmp_path: Path) -> None
     path = tmp_path / "scores.jsonl"
     append_json_line(path, {"a": 1})
     path.write_bytes(path.read_bytes() + b'{"a": 2')
+    left = path.read_bytes()
     assert read_json_lines(path) == [{"a": 1}]
+    assert path.read_bytes() == left, "to read changes nothing: the other process may be alive"
     append_json_line(path, {"a": 3})
     assert read_json_lines(path) == [{"a": 1}, {"a": 3}]

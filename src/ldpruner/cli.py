@@ -10,13 +10,13 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from ldpruner.commands_recovery import distil
+from ldpruner.commands_scores import inspect, plan, score
 from ldpruner.errors import BudgetError, LDPrunerError
 from ldpruner.options import (
     FOLDER,
@@ -35,94 +35,13 @@ from ldpruner.options import (
     refuse_settled,
     replacing,
 )
-from ldpruner.probes import Probe
-
-if TYPE_CHECKING:
-    from ldpruner.plans import Score
+from ldpruner.printing import print_json, progress, watch
 
 
 @click.group(context_settings=STYLE)
 @click.version_option(package_name="ldpruner")
 def app() -> None:
     """Make latent diffusion models smaller and faster. MODEL is a diffusers folder, a hub id, or zoo:NAME."""
-
-
-@app.command()
-@model
-@as_json
-@loading
-def inspect(model: str, as_json: bool, **settings: Any) -> None:
-    """List every operator that can be replaced, with shapes, costs and measured times."""
-    from ldpruner import reporting
-    from ldpruner.operators import discover
-
-    pipeline = pipeline_of(model, settings)
-    operators = discover(pipeline.denoiser, pipeline.call(Probe()))
-    removable = [operator for operator in operators.operators if operator.candidates]
-    if as_json:
-        _print_json(operators.to_json() | {"removable": len(removable), "pairs": len(operators.pairs())})
-        return
-    print(reporting.printed(reporting.operator_table(operators), width=160))
-    print(reporting.operators_line(operators))
-
-
-@app.command()
-@model
-@click.option("--out", type=FOLDER, required=True, help="The run folder; an interrupted run there goes on where it stopped.")
-@probing
-@replacing
-@as_json
-@loading
-def score(
-    model: str, out: Path, method: str, batch_size: int | None, replacements: str | None, as_json: bool, **settings: Any
-) -> None:
-    """Score every operator by what replacing it does to the generated latents."""
-    from ldpruner import scoring
-
-    probe = probe_of(settings)
-    run = scoring.score(
-        pipeline_of(model, settings),
-        probe,
-        method=method,
-        replacements=names_of(replacements),
-        out=out,
-        batch_size=batch_size,
-        progress=_progress,
-    )
-    ranked = sorted(run.scores, key=lambda entry: entry.score)
-    if as_json:
-        _print_json({"out": str(out), "operators": len({s.operator for s in ranked}), "scores": len(ranked)})
-        return
-    print(f"{len(ranked)} scores of {len({entry.operator for entry in ranked})} operators in {out}. The ten that matter least:")
-    for entry in ranked[:10]:
-        print(f"  {entry.score:10.3g}  {entry.replacement:<10} {entry.operator}")
-
-
-@app.command()
-@click.argument("run", type=FOLDER)
-@click.option("--out", type=FOLDER, required=True, help="Where to write the plan.")
-@choosing
-@replacing
-@as_json
-@loading
-def plan(run: Path, out: Path, budgets: tuple[str, ...], replacements: str | None, as_json: bool, **settings: Any) -> None:
-    """Choose what to remove under a budget, from the scores in RUN; latency is measured until it holds."""
-    from ldpruner import planning, reporting, scoring
-
-    budget = budget_of(budgets)
-    scored = scoring.Run.load(run)
-    pipeline = pipeline_of(scored.source, settings)
-    made = planning.plan(pipeline, scored, budget, replacements=names_of(replacements), **choices_of(settings))
-    made.plan.save(out)
-    measured = made.measured.ratio.value if made.measured else None
-    if as_json:
-        predicted = {f"predicted_{quantity}_ratio": value for quantity, value in made.plan.predicted.items()}
-        _print_json({"out": str(out), "edits": len(made.plan.edits), "latency_ratio": measured, **predicted})
-        return
-    print(reporting.printed(reporting.plan_table(made.plan)))
-    shares = ", ".join(f"{quantity} {reporting.percent(value)}" for quantity, value in made.plan.predicted.items())
-    print(f"Predicted to be left: {shares}." + (f" Measured latency: {reporting.percent(measured)}." if measured else ""))
-    print(f"Written to {out}.")
 
 
 @app.command()
@@ -171,12 +90,12 @@ def prune(
         method=method,
         replacements=names_of(replacements),
         batch_size=batch_size,
-        progress=_progress,
+        progress=progress,
         **choices_of(settings),
     )
     pruned.save_pretrained(out, form=form)
     if as_json:
-        _print_json({**pruned.summary(), "out": str(out)})
+        print_json({**pruned.summary(), "out": str(out)})
         return
     print(reporting.printed(reporting.comparison_table(pruned.record())))
     before = pruned.latent_shift_before_repair
@@ -208,7 +127,7 @@ def sample(model: str, out: Path, batch_size: int, as_json: bool, **settings: An
     else:
         names, kind = reporting.save_sounds(pipeline, pictures, out, first_seed=probe.seed), "sounds with their spectrograms"
     if as_json:
-        _print_json({"out": str(out), "files": names})
+        print_json({"out": str(out), "files": names})
         return
     print(f"{len(names)} {kind} in {out}, and all pictures in {out / 'sheet.png'}.")
 
@@ -251,10 +170,10 @@ def evaluate(
         reference=reference,
         batch_size=batch_size,
         cache=cache,
-        watch=_watch,
+        watch=watch,
     )
     if as_json:
-        _print_json(result.to_json())
+        print_json(result.to_json())
         return
     print(reporting.printed(reporting.evaluation_table(result)))
     for line in reporting.evaluation_lines(result):
@@ -278,7 +197,7 @@ def benchmark(model: str, against: str | None, rounds: int, operators: int, as_j
     loaded = [pipeline_of(name, settings) for name in (model, against) if name]
     result = benchmarking.benchmark(*loaded, probe=probe, rounds=rounds)
     if as_json:
-        _print_json(result)
+        print_json(result)
         return
     print(reporting.printed(reporting.benchmark_table(result)))
     if operators:
@@ -287,7 +206,8 @@ def benchmark(model: str, against: str | None, rounds: int, operators: int, as_j
         print(line)
 
 
-app.add_command(distil)
+for command in (inspect, score, plan, distil):
+    app.add_command(command)
 
 
 @app.group(no_args_is_help=False)
@@ -338,24 +258,3 @@ def _quieten() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # it logs, and then raises, what we tell
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     warnings.filterwarnings("ignore")
-
-
-def _watch(parts: Iterator[Any], total: int, what: str) -> Iterator[Any]:
-    """A progress bar over parts of samples, by their sizes."""
-    from tqdm.auto import tqdm
-
-    with tqdm(total=total, desc=what, unit="sample", mininterval=1, file=sys.stderr) as bar:
-        for part in parts:
-            bar.update(len(next(iter(part.values()))))
-            yield part
-
-
-def _progress(scores: Iterable[Score], done: int, total: int) -> Iterable[Score]:
-    from tqdm.auto import tqdm
-
-    bar: Iterable[Score] = tqdm(scores, initial=done, total=total, desc="scoring", unit="candidate", mininterval=1, file=sys.stderr)
-    return bar
-
-
-def _print_json(data: Any) -> None:
-    print(json.dumps(data, allow_nan=False))

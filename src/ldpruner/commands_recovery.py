@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,8 @@ from typing import Any
 import click
 
 from ldpruner.errors import DataError
-from ldpruner.options import FOLDER, as_json, loading, pipeline_of, probe_of, prompting, stacked
+from ldpruner.options import FOLDER, as_json, loading, pipeline_of, probe_of, prompting, stacked, typed
+from ldpruner.printing import print_json
 from ldpruner.recovery.settings import PRECISIONS, SCHEDULES, Distillation
 
 OF_GENERATIONS = {"samples", "num_inference_steps", "prompts", "prompts_file"}
@@ -104,7 +104,7 @@ def distil(
 ) -> None:
     """Train STUDENT, a pruned pipeline or another, to answer as its teacher; under torchrun or accelerate on several processes."""
     _refuse_unread(data)
-    if guide is None and _typed("autoguidance_scale"):
+    if guide is None and typed("autoguidance_scale"):
         raise DataError("--autoguidance_scale goes with --guide. Leave it out.")
     from ldpruner import artifacts, recovery
     from ldpruner.files import check_writable
@@ -137,13 +137,9 @@ def _refuse_unread(data: Path | None) -> None:
     guided = data is None or context.params["guidance_weight"]  # then something reads the guidance scale
     unread = OF_DATA if data is None else OF_GENERATIONS | ({"guidance_scale"} if not guided else set())
     for parameter in context.command.params:
-        if parameter.name in unread and _typed(parameter.name):
+        if parameter.name in unread and typed(parameter.name):
             asked = "goes with --data" if data is None else "is about the teacher's generations, and --data takes their place"
             raise DataError(f"{parameter.opts[0]} {asked}. Leave it out.")
-
-
-def _typed(parameter: str) -> bool:
-    return click.get_current_context().get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE
 
 
 def _own_device() -> str | None:
@@ -159,7 +155,7 @@ def _own_device() -> str | None:
 def _tell(record: dict[str, Any], out: Path, loading_lines: str, as_json: bool) -> None:
     if as_json:
         names = ("data", "steps", "seconds", "losses", "taps", "learning_parameters")
-        print(json.dumps({"out": str(out), **{name: record[name] for name in names}}, allow_nan=False))
+        print_json({"out": str(out), **{name: record[name] for name in names}})
         return
     losses = record["losses"]
     print(f"{record['steps']} steps on {record['data']} in {record['seconds']:.0f} s; losses, first and last:")

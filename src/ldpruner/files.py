@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ldpruner.errors import ArtifactError, DataError, LDPrunerError
 
@@ -107,24 +107,35 @@ def write_json(path: Path, data: Any) -> None:
 
 
 def append_json_line(path: Path, data: Any) -> None:
-    """Append one line and hand it to the system before returning, so that a killed run keeps it."""
+    """Append one line and hand it to the system before returning, so that a killed run keeps it.
+
+    A last line that a killed process left unfinished is cut first.
+    """
     try:
-        with path.open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(data, allow_nan=False) + "\n")
+        with path.open("a+b") as stream:
+            _cut_unfinished(stream)
+            stream.write(json.dumps(data, allow_nan=False).encode() + b"\n")
     except OSError as error:
         raise ArtifactError(
             f"{path}: cannot be appended to ({error.strerror}). The lines before it are kept; free space and run again."
         ) from error
 
 
+def _cut_unfinished(stream: IO[bytes]) -> None:
+    if stream.seek(0, os.SEEK_END) == 0:
+        return
+    stream.seek(-1, os.SEEK_END)
+    if stream.read(1) != b"\n":
+        stream.seek(0)
+        stream.truncate(stream.read().rfind(b"\n") + 1)
+
+
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """Every whole line of a JSONL file; a last line that a killed process left unfinished is cut from the file."""
+    """Every whole line of a JSONL file, which another process may be writing; a last line without its end is passed over."""
     if not path.exists():
         return []
     raw = path.read_bytes()
     whole = raw[: raw.rfind(b"\n") + 1]
-    if len(whole) < len(raw):
-        write_text(path, whole.decode("utf-8"))
     return [json.loads(line) for line in whole.splitlines() if line.strip()]
 
 

@@ -147,9 +147,13 @@ SETTLED_BY_A_PLAN = {
 def refuse_settled(context: click.Context) -> None:
     """Raise where an option was typed that a plan has settled: nothing asked for is skipped silently."""
     for parameter in context.command.params:
-        typed = context.get_parameter_source(parameter.name or "") is click.core.ParameterSource.COMMANDLINE
-        if typed and parameter.name in SETTLED_BY_A_PLAN:
+        if parameter.name in SETTLED_BY_A_PLAN and typed(parameter.name):
             raise BudgetError(f"{parameter.opts[0]} goes with --budget: a plan has settled it. Leave it out.")
+
+
+def typed(parameter: str) -> bool:
+    """Whether the user typed this option of the command that runs."""
+    return click.get_current_context().get_parameter_source(parameter) is click.core.ParameterSource.COMMANDLINE
 
 
 def names_of(given: str | None, option: str = "--replacements") -> list[str] | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ldpruner.benchmarking import Comparison, compare_calls
-from ldpruner.errors import BudgetError, RunError
+from ldpruner.errors import BudgetError
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
@@ -69,8 +69,7 @@ def plan(
     the measurements can tell. With `repair`, what the stand-ins then hold besides is part of what is measured. Raises
     `BudgetError` with what can be reached where a budget is out of reach.
     """
-    if weights_digest(pipeline.denoiser) != run.weights:
-        raise RunError(f"{pipeline.source}: its weights are not those that were scored as {run.source}. Score it anew.")
+    run.check_weights(weights_digest(pipeline.denoiser), pipeline.source)
     budgets = parse_budgets(budget)
     for name in replacements or ():
         REPLACEMENTS[name]

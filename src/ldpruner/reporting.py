@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from ldpruner.evaluation import Evaluation, Figure
 from ldpruner.files import staged_folder
-from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Operators, Plan
+from ldpruner.plans import Operators, Plan, Quantity, Score
 from ldpruner.record import Measurement
+from ldpruner.runs import Scored
+from ldpruner.selection import Row
 from ldpruner.sound import levelled, write_wav
+
+if TYPE_CHECKING:  # torch and diffusers come with these, and a table of scores needs neither
+    from ldpruner.evaluation import Evaluation, Figure
+    from ldpruner.pipelines import Pipeline
 
 
 def count(value: float) -> str:
@@ -179,20 +183,37 @@ def evaluation_lines(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def operator_table(operators: Operators, limit: int | None = None) -> Table:
-    """Every operator that can be replaced: shapes, costs, and what fits it."""
-    table = Table()
+def operator_table(operators: Operators, limit: int | None = None, *, scores: Sequence[Score] = ()) -> Table:
+    """Every operator that can be replaced: shapes, costs, and what fits it; with scores, the replacement that scores lowest."""
+    table, told = Table(), _told(scores)
     for heading in ("operator", "kind", "input", "output"):
         table.add_column(heading, overflow="fold")
     for heading in ("params", "MACs", "ms"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("fits", overflow="fold")
+    for heading in told:
+        table.add_column(heading, no_wrap=True, justify="right" if heading in ("score", "doubt") else "left")
+    best = {entry.operator: entry for entry in sorted(scores, key=lambda entry: entry.score, reverse=True)}
     for operator in [operator for operator in operators.operators if operator.candidates][:limit]:
         shapes = ["x".join(map(str, shape)) for shape in (operator.input_shape, operator.output_shape)]
         cost = operator.cost
         fits = " ".join(candidate.replacement for candidate in operator.candidates)
-        table.add_row(operator.name, operator.kind, *shapes, count(cost.params), count(cost.macs), f"{cost.latency_ms:.3f}", fits)
+        costs = count(cost.params), count(cost.macs), f"{cost.latency_ms:.3f}"
+        scored = [tell(best[operator.name]) if operator.name in best else "" for tell in told.values()]
+        table.add_row(operator.name, operator.kind, *shapes, *costs, fits, *scored)
     return table
+
+
+def _told(scores: Sequence[Score]) -> dict[str, Callable[[Score], str]]:
+    """The columns that tell of scores, by heading."""
+    columns: dict[str, Callable[[Score], str]] = {}
+    if scores:
+        columns |= {"best": lambda entry: entry.replacement, "score": lambda entry: f"{entry.score:.3g}"}
+    if any(entry.judged is not None for entry in scores):
+        columns["judged by"] = lambda entry: entry.judged or ""
+    if any(entry.doubt is not None for entry in scores):
+        columns["doubt"] = lambda entry: "" if entry.doubt is None else f"{entry.doubt:.2f}"
+    return columns
 
 
 def operators_line(operators: Operators) -> str:
@@ -202,6 +223,37 @@ def operators_line(operators: Operators) -> str:
         f"{operators.denoiser}: {len(removable)} operators can be replaced in {len(operators.pairs())} ways. "
         f"{count(total.params)} parameters, {count(total.macs)} MACs, {total.latency_ms:.2f} ms a call on {operators.device}."
     )
+
+
+def prices_table(rows: Sequence[Row], quantity: Quantity) -> Table:
+    """What each budget is predicted to leave, and how far it would move the latents."""
+    table = Table()
+    table.add_column("budget", no_wrap=True)
+    left = list(rows[0].predicted) if rows else []
+    for heading in (*left, "edits", "joint latent shift", "mostly"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    if any(row.exhausted for row in rows):
+        table.add_column("")
+    for row in rows:
+        shares = [percent(row.predicted[name]) for name in left]
+        low, high = row.likely
+        shifts = f"{row.joint_shift:.3g}", f"{low:.3g} to {high:.3g}"
+        missed = ["out of reach"] if row.exhausted else []
+        table.add_row(f"{quantity}={row.target * 100:.4g}%", *shares, f"{row.edits}", *shifts, *missed)
+    return table
+
+
+def prices_lines(scored: Scored) -> list[str]:
+    """What the table of budgets rests on."""
+    scores, pairs = len(scored.scores), len(scored.operators.pairs())
+    doubted = any(entry.doubt is not None for entry in scored.scores)
+    doubt = "Doubt is the standard deviation of a score's natural logarithm; the range holds none of it."
+    return [
+        f"{scored.source}: predicted from {scores} scores of {pairs} replacements by method {scored.method}; nothing was measured.",
+        "Joint latent shift: the root of the sum of the edits' squared scores, before repair. Of the plans that we measured most "
+        "shifted by as much as the range says; it promises nothing for others.",
+        *([doubt] if doubted else []),
+    ]
 
 
 def plan_table(plan: Plan) -> Table:

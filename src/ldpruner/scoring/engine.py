@@ -17,47 +17,26 @@ from ldpruner.plans import SCHEMA, Edit, Operators, Quantity, Score, parse_budge
 from ldpruner.probes import Probe
 from ldpruner.processes import Crew
 from ldpruner.replacements import REPLACEMENTS
+from ldpruner.runs import Scored, read_scored
 from ldpruner.scoring.base import CUTS, SCORERS, Asked, Scorer, Targets
-from ldpruner.scoring.keeping import Store, damaged, read_fitted, read_header, read_operators, read_scores
+from ldpruner.scoring.keeping import Store, read_fitted
 from ldpruner.scoring.ledger import Key, Ledger, key_of
 
 Progress = Callable[[Iterable[Any], int, int], Iterable[Any]]  # scores or edits to come, done before, in all
 
 
 @dataclass(frozen=True, kw_only=True)
-class Run:
-    """Everything that a plan needs: what can be replaced, what each replacement does, and how that was measured."""
+class Run(Scored):
+    """Everything that a plan needs: what was scored, and the weights of fitted stand-ins."""
 
-    source: str
-    method: str
-    probe: Probe
-    operators: Operators
-    scores: tuple[Score, ...]
     fitted: Weights
-    weights: str  # digest of the denoiser that was scored
     folder: Path | None = None
 
     @classmethod
     def load(cls, folder: Path) -> Run:
         """Read a run folder. Raises `RunError` where it is none."""
-        header = read_header(folder)
-        if header is None:
-            raise RunError(f"{folder}: is no run folder (no run.json). Make one with `ldpruner score MODEL --out {folder}`.")
-        try:
-            source, method, weights = header["source"], header["method"], header["weights"]
-            probe = Probe.from_json(header["probe"])
-        except (KeyError, TypeError) as error:
-            raise damaged(folder / "run.json", error) from error
-        return cls(
-            source=source,
-            method=method,
-            probe=probe,
-            operators=read_operators(folder),
-            scores=tuple(read_scores(folder)),
-            fitted=read_fitted(folder / "pointwise.safetensors"),
-            weights=weights,
-            folder=folder,
-        )
+        scored = read_scored(folder)
+        return cls(**vars(scored), fitted=read_fitted(folder / "pointwise.safetensors"), folder=folder)
 
 
 def score(

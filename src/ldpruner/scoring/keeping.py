@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
@@ -13,9 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from ldpruner.errors import ArtifactError, RunError
-from ldpruner.files import append_json_line, read_json_lines, refused_by_disk, write_json
+from ldpruner.files import append_json_line, refused_by_disk, write_json
 from ldpruner.fitting import Weights
-from ldpruner.plans import SCHEMA, Operators, Score
+from ldpruner.plans import Operators, Score
+from ldpruner.runs import damaged, read_header, read_operators, read_scores
 
 
 class Store:
@@ -61,50 +61,6 @@ class Store:
 
     def append(self, entry: Score) -> None:
         append_json_line(self.lines, asdict(entry))
-
-
-def read_header(folder: Path) -> dict[str, Any] | None:
-    """What a run folder says of itself; None where there is none. Raises `RunError`."""
-    path = folder / "run.json"
-    try:
-        header: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        raise damaged(path, error) from error
-    if not isinstance(header, dict):
-        raise RunError(f"{path}: is no header of a run. Score again into a new folder.")
-    if header.get("schema") != SCHEMA:
-        raise RunError(f"{path}: schema {header.get('schema')!r} is unknown: this version reads {SCHEMA}.")
-    return header
-
-
-def read_operators(folder: Path) -> Operators:
-    """The operators that were scored. Raises `RunError`."""
-    path = folder / "operators.json"
-    try:
-        return Operators.from_json(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, error) from error
-
-
-def read_scores(folder: Path) -> list[Score]:
-    """The scores of all processes, each edit's once. Raises `RunError`."""
-    found: dict[tuple[str, str], Score] = {}
-    for path in sorted(folder.glob("scores*.jsonl")):
-        try:
-            found |= {entry.key: entry for entry in (Score(**line) for line in read_json_lines(path))}
-        except ArtifactError:
-            raise
-        except (OSError, ValueError, TypeError) as error:
-            raise damaged(path, error) from error
-    return list(found.values())
-
-
-def damaged(path: Path, error: Exception) -> RunError:
-    """The error of a file that cannot be read."""
-    reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return RunError(f"{path}: cannot be read ({reason}). Score again into a new folder.")
 
 
 def read_fitted(path: Path) -> Weights:

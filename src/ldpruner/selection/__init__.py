@@ -3,6 +3,7 @@
 from ldpruner.selection.choice import Choice, choose, predict, reachable, share
 from ldpruner.selection.priors import Priors
 from ldpruner.selection.rankings import OBJECTIVES, RANKINGS, SWEEP, Option, selections_of
+from ldpruner.selection.tables import Row, price_table, priced
 
 __all__ = [
     "OBJECTIVES",
@@ -11,8 +12,11 @@ __all__ = [
     "Choice",
     "Option",
     "Priors",
+    "Row",
     "choose",
     "predict",
+    "price_table",
+    "priced",
     "reachable",
     "selections_of",
     "share",
