@@ -56,9 +56,8 @@ def test_a_cheap_value_is_carried_to_the_scale_of_the_dear_one_with_its_doubt() 
     assert carried.doubt == pytest.approx(0.1, abs=0.03)
 
 
-def test_a_gap_is_counted_in_doubts_from_the_nearest_cut() -> None:
-    assert gap(Belief(mean=1.0, doubt=0.5, rung=0), [0.0, 3.0]) == pytest.approx(2.0)
-    assert gap(Belief(mean=1.0, doubt=0.5, rung=0), []) == math.inf
+def test_a_gap_is_counted_in_doubts() -> None:
+    assert gap(Belief(mean=1.0, doubt=0.5, rung=0), 3.0) == pytest.approx(4.0)
 
 
 def test_with_all_that_it_may_spend_every_edit_that_matters_gets_the_papers_score(ldm: Pipeline, operators: Operators) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from ldpruner.errors import DataError
-from ldpruner.options import FOLDER, as_json, loading, pipeline_of, probe_of, prompting, stacked, typed
+from ldpruner.options import FOLDER, as_json, loading, own_device, pipeline_of, probe_of, prompting, stacked, typed
 from ldpruner.printing import print_json
 from ldpruner.recovery.settings import PRECISIONS, SCHEDULES, Distillation
 
@@ -113,7 +112,7 @@ def distil(
         artifacts.check_form(form)
     chosen = Distillation(**{name: settings[name] for name in vars(DEFAULT)})
     probe = probe_of(settings | {"seed": recovery.FIRST_SEED})
-    settings["device"] = settings["device"] or _own_device()
+    settings["device"] = settings["device"] or own_device()
     check_writable(out)
     distilled = recovery.distil(
         pipeline_of(student, settings),
@@ -140,16 +139,6 @@ def _refuse_unread(data: Path | None) -> None:
         if parameter.name in unread and typed(parameter.name):
             asked = "goes with --data" if data is None else "is about the teacher's generations, and --data takes their place"
             raise DataError(f"{parameter.opts[0]} {asked}. Leave it out.")
-
-
-def _own_device() -> str | None:
-    """The device of this process where several were started; else what `load` chooses."""
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
-        return "cpu"
-    import torch
-
-    several = torch.cuda.is_available() and "LOCAL_RANK" in os.environ
-    return f"cuda:{os.environ['LOCAL_RANK']}" if several else None
 
 
 def _tell(record: dict[str, Any], out: Path, loading_lines: str, as_json: bool) -> None:

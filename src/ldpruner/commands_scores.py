@@ -18,6 +18,7 @@ from ldpruner.options import (
     loading,
     model,
     names_of,
+    own_device,
     pipeline_of,
     probe_of,
     probing,
@@ -71,25 +72,42 @@ def inspect(model: str, run: Path | None, as_json: bool, **settings: Any) -> Non
 @model
 @click.option("--out", type=FOLDER, required=True, help="The run folder; an interrupted run there goes on where it stopped.")
 @probing
+@click.option("--budget", "budgets", multiple=True, help="What the scores are for, such as latency=65%: fast looks closest there.")
 @replacing
 @as_json
 @loading
 def score(
-    model: str, out: Path, method: str, batch_size: int | None, replacements: str | None, as_json: bool, **settings: Any
+    model: str,
+    out: Path,
+    method: str,
+    batch_size: int | None,
+    budgets: tuple[str, ...],
+    replacements: str | None,
+    as_json: bool,
+    **settings: Any,
 ) -> None:
-    """Score every operator by what replacing it does to the generated latents."""
+    """Score every operator by what replacing it does to the latents; under torchrun or accelerate on several processes."""
     from ldpruner import scoring
+    from ldpruner.processes import Crew
 
     probe = probe_of(settings)
+    settings["device"] = settings["device"] or own_device()
+    pipeline = pipeline_of(model, settings)
+    crew = Crew.joined(cpu=next(pipeline.denoiser.parameters()).device.type == "cpu")
     run = scoring.score(
-        pipeline_of(model, settings),
+        pipeline,
         probe,
         method=method,
         replacements=names_of(replacements),
+        budget=budget_of(budgets) if budgets else None,
         out=out,
         batch_size=batch_size,
-        progress=progress,
+        crew=crew,
+        progress=progress if crew.leads else None,
     )
+    crew.leave()
+    if not crew.leads:
+        return
     ranked = sorted(run.scores, key=lambda entry: entry.score)
     if as_json:
         print_json({"out": str(out), "operators": len({s.operator for s in ranked}), "scores": len(ranked)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -164,3 +165,13 @@ def names_of(given: str | None, option: str = "--replacements") -> list[str] | N
     if not names:
         raise UnknownNameError(f"{option} {given!r}: names none. Leave it out to allow all.")
     return names
+
+
+def own_device() -> str | None:
+    """The device of this process where several were started; else what `load` chooses."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        return "cpu"
+    import torch
+
+    several = torch.cuda.is_available() and "LOCAL_RANK" in os.environ
+    return f"cuda:{os.environ['LOCAL_RANK']}" if several else None

@@ -43,7 +43,7 @@ class FastScorer(Scorer):
 
     The cut of a target is the highest score among edits that the paper's order takes to meet it. An edit is clear when it lies
     `CLEAR` doubts from every cut, or another replacement of its operator clearly does less harm and saves as much. Of the rest,
-    those nearest to a cut go up one rung, until all are clear or on the last one, or `allowance` is spent: denoiser passes of one
+    those nearest to each cut go up one rung, until all are clear or on the last one, or `allowance` is spent: denoiser passes of one
     sample, per edit on average, where a backward pass counts as two.
 
     Scores are on the scale of the paper's for the last rung's samples. The ladder and the race are ours; its second rung is
@@ -51,7 +51,7 @@ class FastScorer(Scorer):
     """
 
     budgeted: ClassVar[bool] = True
-    few: int = 8
+    few: int = 4
     timesteps: int = 4
     projections: int = 2
     allowance: float = 36.0
@@ -117,10 +117,13 @@ class _Race:
         if self.spent >= self.scorer.allowance * len(self.asked.edits):
             return []
         believed = self.beliefs()
-        cuts = self._cuts(believed)
-        waiting = [(gap(believed[key], cuts), edit) for edit in self.asked.edits if (key := key_of(edit)) not in self.rungs[-1]]
-        near = [(distance, edit) for distance, edit in waiting if distance < CLEAR and self._matters(edit, believed)]
-        return [edit for _, edit in sorted(near, key=lambda entry: entry[0])[:AT_ONCE]]
+        waiting = [edit for edit in self.asked.edits if key_of(edit) not in self.rungs[-1] and self._matters(edit, believed)]
+        cuts, found = self._cuts(believed), dict[Key, Edit]()
+        for cut in cuts:
+            gaps = [(gap(believed[key_of(edit)], cut), edit) for edit in waiting]
+            near = sorted((entry for entry in gaps if entry[0] < CLEAR), key=lambda entry: entry[0])
+            found |= {key_of(edit): edit for _, edit in near[: math.ceil(AT_ONCE / len(cuts))]}
+        return list(found.values())
 
     def send_up(self, edits: Sequence[Edit]) -> None:
         """Measure each on the rung above its highest."""
@@ -207,9 +210,9 @@ class _Race:
 HIGHEST = math.log(BROKEN)
 
 
-def gap(belief: Belief, cuts: Sequence[float]) -> float:
-    """How many doubts a score is from the nearest cut."""
-    return min((abs(belief.mean - cut) for cut in cuts), default=math.inf) / max(belief.doubt, FLOOR)
+def gap(belief: Belief, cut: float) -> float:
+    """How many doubts a score is from a cut."""
+    return abs(belief.mean - cut) / max(belief.doubt, FLOOR)
 
 
 def shifted(probe: Probe, samples: int) -> Probe:

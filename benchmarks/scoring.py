@@ -1,0 +1,224 @@
+"""What scores cost and what they are worth: the paper's way and the fast way on one pipeline, in one run.
+
+    python benchmarks/scoring.py --model zoo:fashion --work scoring-fashion
+
+Both score every replacement of every operator. What is compared: denoiser passes of one sample (rows of its batches, so that
+guidance counts twice; a backward pass counts as two), processor and wall seconds, memory, and what is decided by the scores: their
+rank correlation and, for latency 80, 65 and 50 % as the operators' times predict it, the sets that the paper's order takes and
+the joint latent shift of each on other samples. An edit that is in one set only counts as agreed on where its score lies within
+the noise of the paper's score of the cut: two standard deviations between two seeds, told by scoring those near the cut again.
+
+Scores are kept in the folder `--work`: a run that stopped goes on there. What was scored before is not counted again: seconds of
+the paper's way are those that each score says it took.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from scipy.stats import spearmanr
+from torch import Tensor, nn
+
+import ldpruner
+from ldpruner.environment import environment, peak_since_reset, release_memory, reset_peak
+from ldpruner.operators.timing import device_of
+from ldpruner.operators.tracing import tensors_in
+from ldpruner.pipelines import Pipeline
+from ldpruner.plans import Edit, Score
+from ldpruner.probes import Probe
+from ldpruner.scoring import SCORERS, Asked, Run, score
+from ldpruner.scoring.latent import latent_shift
+from ldpruner.selection import choose
+from ldpruner.surgery import pruned_view
+
+SHARES = (0.80, 0.65, 0.50)
+APART = 5_000  # from the seeds that score to those that judge
+SEED = 10_000  # of the second opinion
+
+Key = tuple[str, str]
+
+
+def main() -> None:
+    options = arguments()
+    torch.set_num_threads(options.threads)
+    pipeline = ldpruner.load(options.model)
+    probe = Probe(samples=options.samples, num_inference_steps=options.steps)
+    paper, paper_cost = papers_way(pipeline, probe, options.work / "paper")
+    fast, fast_cost = fast_way(pipeline, probe, options.work / "fast", paper)
+    result = {
+        "model": options.model,
+        "samples": options.samples,
+        "steps": options.steps,
+        "edits": len(paper.scores),
+        "paper": paper_cost,
+        "fast": fast_cost,
+        "times_fewer_passes": paper_cost["passes"] / fast_cost["passes"],
+        "times_less_processor_time": paper_cost["processor_seconds"] / fast_cost["processor_seconds"],
+        "judged": {
+            kind: sum(entry.judged == kind for entry in fast.scores) for kind in sorted({str(e.judged) for e in fast.scores})
+        },
+        "spearman": float(spearmanr([e.score for e in paper.scores], [e.score for e in fast.scores])[0]),
+        **decisions(pipeline, paper, fast, options),
+        "environment": environment(pipeline.denoiser),
+    }
+    json.dump(result, sys.stdout, indent=2)
+    print()
+
+
+@dataclass
+class Passes:
+    """Denoiser passes of one sample, a backward pass as two."""
+
+    count: int = 0
+
+
+@contextmanager
+def counted(denoiser: nn.Module) -> Iterator[Passes]:
+    """Counts, while the block runs, the rows of every call and of every backward pass from its output."""
+    passes = Passes()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        made = tensors_in(output)[0]
+        passes.count += len(made)
+        if made.requires_grad:
+            made.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    def backward(gradient: Tensor) -> None:
+        passes.count += 2 * len(gradient)
+
+    handle = denoiser.register_forward_hook(hook)
+    try:
+        yield passes
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def measured(pipeline: Pipeline) -> Iterator[dict[str, Any]]:
+    """Passes, seconds and the most memory of a block, once it has ended."""
+    cost: dict[str, Any] = {}
+    release_memory()
+    watched = reset_peak(device_of(pipeline.denoiser))
+    wall, processor = time.perf_counter(), time.process_time()
+    with counted(pipeline.denoiser) as passes:
+        yield cost
+    cost |= {
+        "passes": passes.count,
+        "wall_seconds": time.perf_counter() - wall,
+        "processor_seconds": time.process_time() - processor,
+    }
+    cost["peak_bytes"] = peak_since_reset(device_of(pipeline.denoiser)) if watched else None
+
+
+def papers_way(pipeline: Pipeline, probe: Probe, work: Path) -> tuple[Run, dict[str, Any]]:
+    """The paper's scores and what they cost: that of one edit, measured here, for each; every edit costs the same passes."""
+    run = score(pipeline, probe, method="paper", out=work)
+    edits = edits_of(run)
+    costs = []
+    for few in (edits[:1], edits[:3]):
+        asked = Asked(pipeline=pipeline, edits=few, probe=run.probe, fitted=run.fitted)
+        with measured(pipeline) as cost:
+            list(SCORERS["paper"]().scores(asked))
+        costs.append(cost)
+    each = {name: (costs[1][name] - costs[0][name]) / 2 for name in ("passes", "processor_seconds", "wall_seconds")}
+    whole = {name: costs[0][name] + (len(edits) - 1) * each[name] for name in each}
+    whole |= {"passes": round(whole["passes"]), "seconds_told": sum(entry.seconds for entry in run.scores)}
+    return run, whole | {"peak_bytes": costs[1]["peak_bytes"]}
+
+
+def fast_way(pipeline: Pipeline, probe: Probe, work: Path, paper: Run) -> tuple[Run, dict[str, Any]]:
+    """The fast scores, and what they cost from nothing; stand-ins and operators' times are those of the paper's run."""
+    work.mkdir(parents=True, exist_ok=True)
+    asked = Asked(
+        pipeline=pipeline,
+        edits=edits_of(paper),
+        probe=paper.probe,
+        fitted=paper.fitted,
+        operators=paper.operators,
+        targets=tuple({"latency": share} for share in SHARES),
+    )
+    with measured(pipeline) as cost:
+        scores = tuple(SCORERS["fast"]().scores(asked))
+    (work / "scores.jsonl").write_text("".join(json.dumps(vars(entry)) + "\n" for entry in scores), encoding="utf-8")
+    return replace(paper, method="fast", scores=scores), cost
+
+
+def edits_of(run: Run) -> list[Edit]:
+    options = {(o.name, c.replacement): c.options for o, c in run.operators.pairs()}
+    return [Edit(operator=e.operator, replacement=e.replacement, options=options[e.key]) for e in run.scores]
+
+
+def decisions(pipeline: Pipeline, paper: Run, fast: Run, options: argparse.Namespace) -> dict[str, Any]:
+    """What each way's scores make of the same budgets."""
+    noise = noise_of(pipeline, paper, options.noise)
+    judge = replace(pipeline.varied(paper.probe), samples=options.judged, seed=paper.probe.seed + APART)
+    reference = pipeline.latents(judge, batch_size=options.batch_size)
+
+    def shift(edits: Sequence[Edit]) -> float:
+        with pipeline.with_denoiser(pruned_view(pipeline.denoiser, edits, paper.fitted)):
+            return latent_shift(reference, pipeline.latents(judge, batch_size=options.batch_size))
+
+    return {"noise_of_a_logarithm": noise, "budgets": [budget(share, paper, fast, noise, shift) for share in SHARES]}
+
+
+def budget(share: float, paper: Run, fast: Run, noise: float, shift: Any) -> dict[str, Any]:
+    """The sets that the paper's order and the exact sum of squares take for one share of the latency."""
+    result: dict[str, Any] = {"latency": share}
+    for selection in ("order", "exact-2"):
+        mine, other = (choose(paper.operators, run.scores, {"latency": share}, selection=selection) for run in (paper, fast))
+        sets = [{(e.operator, e.replacement) for e in choice.edits if e.reason == "chosen"} for choice in (mine, other)]
+        shifts = [shift(choice.edits) for choice in (mine, other)]
+        result[selection] = {
+            "edits": [len(each) for each in sets],
+            "joint_shifts": shifts,
+            "fast_to_paper": shifts[1] / shifts[0] if shifts[0] else None,
+            "agreed": agreed(sets[0], sets[1], {e.key: e for e in paper.scores}, noise),
+        }
+    return result
+
+
+def agreed(mine: set[Key], other: set[Key], scores: Mapping[Key, Score], noise: float) -> float:
+    """The share of edits in either set that are in both, or lie within the noise of the highest score that is taken."""
+    cut = math.log(max(scores[key].score for key in mine))
+    ties = {key for key in mine ^ other if abs(math.log(scores[key].score) - cut) <= 2 * noise}
+    either = mine | other
+    return len((mine & other) | ties) / len(either) if either else 1.0
+
+
+def noise_of(pipeline: Pipeline, paper: Run, count: int) -> float:
+    """The standard deviation of one score's logarithm from seed to seed: of `count` edits nearest to the cuts."""
+    by_key = {entry.key: math.log(max(entry.score, 1e-12)) for entry in paper.scores}
+    choices = [choose(paper.operators, paper.scores, {"latency": share}) for share in SHARES]
+    cuts = [math.log(max(edit.score or 1e-12 for edit in choice.edits)) for choice in choices]
+    near = sorted(edits_of(paper), key=lambda edit: min(abs(by_key[edit.operator, edit.replacement] - cut) for cut in cuts))[:count]
+    asked = Asked(pipeline=pipeline, edits=near, probe=replace(paper.probe, seed=SEED), fitted=paper.fitted)
+    ratios = [math.log(max(entry.score, 1e-12)) - by_key[entry.key] for entry in SCORERS["paper"]().scores(asked)]
+    return statistics.stdev(ratios) / math.sqrt(2)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="zoo:fashion")
+    parser.add_argument("--work", type=Path, required=True, help="where scores are kept")
+    parser.add_argument("--samples", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--judged", type=int, default=64, help="other samples that judge the plans")
+    parser.add_argument("--noise", type=int, default=16, help="edits that are scored with a second seed")
+    parser.add_argument("--batch-size", type=int)
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Several processes at one run: who measures what, and that all find what one would."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ldpruner.errors import RunError
+from ldpruner.processes import Crew
+from ldpruner.scoring import Run
+
+WORDS = ("--samples", "6", "--steps", "2", "--replacements", "identity,zero,shortcut", "--device", "cpu")
+
+
+def started(folder: Path, out: Path, *words: str, processes: int) -> subprocess.Popen[str]:
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes))
+    call = [sys.executable, *launch, "-m", "ldpruner", "score", str(folder), "--out", str(out), *WORDS, *words]
+    settings = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(call, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings)
+
+
+def finished(child: subprocess.Popen[str]) -> str:
+    printed, complaints = child.communicate(timeout=240)
+    assert child.returncode == 0, complaints[-2000:]
+    return printed
+
+
+def values(run: Run) -> dict[tuple[str, str], float]:
+    return {entry.key: entry.score for entry in run.scores}
+
+
+def lines(folder: Path, pattern: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for file in sorted(folder.glob(pattern)) for line in file.read_text().splitlines()]
+
+
+def keys(entries: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    return sorted((entry.get("kind", ""), entry["operator"], entry["replacement"]) for entry in entries)
+
+
+def test_tasks_are_shared_out_one_by_one() -> None:
+    tasks = list(range(7))
+    assert [list(Crew(rank, 3).share(tasks)) for rank in range(3)] == [[0, 3, 6], [1, 4], [2, 5]]
+    alone = Crew()
+    assert alone.leads
+    assert alone.share(tasks) == tasks
+    assert alone.gathered({"a": 1}) == {"a": 1}
+    assert alone.leaders("mine") == "mine"
+
+
+def test_a_process_that_nobody_launched_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert Crew.joined(cpu=True) == Crew()
+
+
+def test_accelerate_that_starts_one_process_on_a_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(RunError, match=r"Say torchrun --nproc_per_node N -m ldpruner score"):
+        Crew.joined(cpu=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["paper", "fast"])
+def test_two_processes_find_what_one_finds_and_each_measures_its_part(method: str, ldm_folder: Path, tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    finished(started(ldm_folder, one, "--method", method, "--budget", "macs=80%", processes=1))
+    printed = finished(started(ldm_folder, two, "--method", method, "--budget", "macs=80%", "--json", processes=2))
+    assert json.loads(printed)["scores"] == len(Run.load(one).scores), "and one of them prints"
+    assert values(Run.load(two)) == pytest.approx(values(Run.load(one)), rel=1e-5)
+    pattern = "measured-*.jsonl" if method == "fast" else "scores*.jsonl"
+    mine, others = (lines(two, pattern.replace("*", rank)) for rank in (("0", "1") if method == "fast" else ("", "-1")))
+    assert abs(len(mine) - len(others)) <= 8
+    assert keys([*mine, *others]) == keys(lines(one, pattern)), "nothing was measured twice"
+
+
+@pytest.mark.slow
+def test_a_run_of_two_that_was_killed_is_ended_by_one(ldm_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    child = started(ldm_folder, out, processes=2)
+    deadline = time.monotonic() + 120
+    while len(lines(out, "scores*.jsonl")) < 6 and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    child.send_signal(signal.SIGTERM)
+    child.communicate(timeout=60)
+    kept = len(lines(out, "scores*.jsonl"))
+    assert kept >= 6
+    finished(started(ldm_folder, out, processes=1))
+    whole = tmp_path / "whole"
+    finished(started(ldm_folder, whole, processes=1))
+    assert values(Run.load(out)) == pytest.approx(values(Run.load(whole)), rel=1e-5)
+    assert keys(lines(out, "scores*.jsonl")) == keys(lines(whole, "scores*.jsonl")), "and nothing was scored twice"
