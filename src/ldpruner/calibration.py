@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from ldpruner.benchmarking import compare_calls
 from ldpruner.environment import environment
@@ -12,6 +13,7 @@ from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.tracing import Call, tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Operators, Repairing, corrected
+from ldpruner.record import Measurement
 from ldpruner.surgery import pruned_view
 
 log = logging.getLogger(__name__)
@@ -46,9 +48,13 @@ def calibrate(
     log.info("%d random plans are measured: this device has %d of the %d readings that correct times", wanted - held, held, wanted)
     for drawn in list(random_plans(operators, wanted))[held:]:
         edits = fillable(dead_code.completed(drawn), operators, repair)
-        pruned = pruned_view(pipeline.denoiser, edits, blank(edits))
-        measured = compare_calls(pipeline.denoiser, pruned, call, rounds=rounds or CALIBRATION_ROUNDS)
-        readings.add(Reading.of(edits, measured.ratio))
+        readings.add(Reading.of(edits, measure(pipeline, call, edits, rounds=rounds or CALIBRATION_ROUNDS)))
+
+
+def measure(pipeline: Pipeline, call: Call, edits: Sequence[Edit], *, rounds: int) -> Measurement:
+    """The latency of edits, pruned / original. Their maps hold zeros: what fits them takes longer than to measure them."""
+    pruned = pruned_view(pipeline.denoiser, edits, blank(edits))
+    return compare_calls(pipeline.denoiser, pruned, call, rounds=rounds).ratio
 
 
 def fillable(edits: tuple[Edit, ...], operators: Operators, repair: Repairing) -> tuple[Edit, ...]:

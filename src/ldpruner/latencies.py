@@ -33,8 +33,8 @@ DEAD = "dead"  # in the place of a replacement, of an operator that was taken aw
 WHOLE = 0.1  # share by which all times are off alike
 KIND = 0.3  # share by which those of one kind are, beside that
 OWN = 0.3  # and each operator's, beside that
-CALL = 0.05  # of the mean own time: what every module of a kind takes more, or less, whatever it works on
-MISFIT = 0.01  # share of a plan's time that no sum of times can tell
+STAND_IN = 0.25  # of the mean own time: what every stand-in takes that hooks do not see
+MISFIT = 0.02  # share of a plan's time that neither a sum of times nor the spread of its own readings can tell
 
 LEAST, MOST = 0.4, 0.95  # predicted latency of random plans
 SPREAD = 1.253 / 1.349  # standard error of a median, times the root of n, to the interquartile range, of normal readings
@@ -118,7 +118,8 @@ def timed(operators: Operators, readings: Sequence[Reading]) -> Operators:
 
     Bayesian linear regression in closed form: times are normal about the hooks' with covariance K (see `_Parts`), and measured
     savings normal about the sums of times. Times add up as before: that of a block is that of its parts and of its own. Readings
-    of operators that are not among these tell nothing. No time is below zero. Without readings nothing changes.
+    of operators that are not among these tell nothing. What would take less than no time takes none, and the others explain what
+    is left. Without readings nothing changes.
     """
     parts = _Parts(operators)
     told = [reading for reading in readings if parts.know(reading)]
@@ -126,19 +127,28 @@ def timed(operators: Operators, readings: Sequence[Reading]) -> Operators:
         return operators
     rows = np.array([parts.row(reading) for reading in told])
     savings = np.array([1 - reading.ratio for reading in told])
-    shared = parts.covariance() @ rows.T
-    unexplained = rows @ shared + np.diag([reading.variance for reading in told])
-    # E[t | y] = m + K X' (X K X' + N)^-1 (y - X m)
-    found = parts.shares + shared @ np.linalg.solve(unexplained, savings - rows @ parts.shares)
-    return parts.operators_with(np.maximum(found, 0.0))
+    noise = np.diag([reading.variance for reading in told])
+    covariance, free = parts.covariance(), np.ones(len(parts.shares), dtype=bool)
+    while True:
+        found = _explaining(parts.shares * free, covariance * np.outer(free, free), rows, savings, noise)
+        if (found >= 0).all():
+            return parts.operators_with(found)
+        free &= found > 0
+
+
+def _explaining(mean: Any, covariance: Any, rows: Any, savings: Any, noise: Any) -> Any:
+    """E[t | y] = m + K X' (X K X' + N)^-1 (y - X m), for times t ~ N(m, K) and savings y ~ N(X t, N)."""
+    shared = covariance @ rows.T
+    found: Any = mean + shared @ np.linalg.solve(rows @ shared + noise, savings - rows @ mean)
+    return found
 
 
 class _Parts:
     """What a call's time is made of, as shares of it: what each operator spends outside of those in it, and each stand-in.
 
-    Of two parts with the shares a and b, times covary by WHOLE² ab, where they are of one kind by KIND² ab + CALL² more, and the
-    time of one part varies by OWN² a² more: hooks may misjudge all, a kind, or one. Kinds of operators are their classes, of
-    stand-ins their names.
+    Of two parts with the shares a and b, times covary by WHOLE² ab, where they are of one kind by KIND² ab more, and the time of
+    one part varies by OWN² a² more: hooks may misjudge all, a kind, or one. Kinds of operators are their classes, of stand-ins
+    their names. Times of stand-ins covary by (STAND_IN × the mean share)² besides: a call of each.
     """
 
     def __init__(self, operators: Operators) -> None:
@@ -186,8 +196,9 @@ class _Parts:
         kinds = np.array(self.kinds)
         alike = kinds[:, None] == kinds[None, :]
         products = np.outer(self.shares, self.shares)
-        call = CALL * self.shares[: len(self.places)].mean()
-        return products * (WHOLE**2 + KIND**2 * alike) + call**2 * alike + np.diag((OWN * self.shares) ** 2)
+        mean, stands_in = self.shares[: len(self.places)].mean(), np.arange(len(kinds)) >= len(self.places)
+        calls = (STAND_IN * mean) ** 2 * np.outer(stands_in, stands_in)
+        return products * (WHOLE**2 + KIND**2 * alike) + calls + np.diag((OWN * self.shares) ** 2)
 
     def operators_with(self, shares: Any) -> Operators:
         """The operators with other shares of the whole call's time."""
