@@ -25,7 +25,7 @@ import ldpruner
 from ldpruner.benchmarking import compare_calls
 from ldpruner.environment import environment
 from ldpruner.files import write_json
-from ldpruner.fitting import Weights, pointwise_wanted
+from ldpruner.fitting import blank
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Plan
 from ldpruner.surgery import pruned_view
@@ -53,7 +53,7 @@ def main() -> None:
 def ratio(original: Pipeline, plan: Plan, *, rounds: int) -> dict[str, Any]:
     """Pruned / original, of one call as large as the plan's own measurement was, and as it was predicted."""
     assert plan.probe is not None
-    pruned = pruned_view(original.denoiser, plan.edits, blank(plan))
+    pruned = pruned_view(original.denoiser, plan.edits, blank(plan.edits))
     measured = compare_calls(original.denoiser, pruned, original.call(plan.probe), rounds=rounds).ratio
     return {**asdict(measured), "predicted": plan.predicted["latency"]}
 
@@ -62,12 +62,6 @@ def prediction_error(ratios: Iterable[dict[str, Any]]) -> dict[str, float]:
     """The median and the worst of |predicted - measured| / measured."""
     errors = [abs(ratio["predicted"] - ratio["value"]) / ratio["value"] for ratio in ratios]
     return {"median": statistics.median(errors), "worst": max(errors)}
-
-
-def blank(plan: Plan) -> Weights:
-    """Zeros for every pointwise map: how fast it is does not hang on what it holds."""
-    shapes = {name: options["channels"] for name, options in pointwise_wanted(plan.edits).items()}
-    return {name: (torch.zeros(out, given), torch.zeros(out)) for name, (given, out) in shapes.items()}
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

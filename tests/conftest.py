@@ -37,7 +37,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import ldpruner
 from distilling import CHOSEN, FEW, SHORT, pruned
-from ldpruner import cli, fitting, planning
+from ldpruner import calibration, cli, fitting, planning
 from ldpruner.evaluation.base import Stream
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
@@ -180,7 +180,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path not in slow)
 
 
-USUAL = fitting.TRAJECTORIES, activations.CALLS, activations.STEPS, planning.RANKED_ON, planning.JUDGED_ON
+USUAL = fitting.TRAJECTORIES, activations.CALLS, activations.STEPS, planning.RANKED_ON, planning.JUDGED_ON, calibration.CALIBRATING
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +191,7 @@ def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "STEPS", (2, 3))
     monkeypatch.setattr(planning, "RANKED_ON", 2)
     monkeypatch.setattr(planning, "JUDGED_ON", 8)
+    monkeypatch.setattr(calibration, "CALIBRATING", 0)
 
 
 @pytest.fixture
@@ -201,6 +202,7 @@ def usual_calls(few_calls: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "STEPS", USUAL[2])
     monkeypatch.setattr(planning, "RANKED_ON", USUAL[3])
     monkeypatch.setattr(planning, "JUDGED_ON", USUAL[4])
+    monkeypatch.setattr(calibration, "CALIBRATING", USUAL[5])
 
 
 @pytest.fixture(autouse=True)

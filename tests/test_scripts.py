@@ -203,6 +203,21 @@ def test_the_demo_and_the_benchmarks_run_reduced(script: Callable[..., None], ld
 
 
 @pytest.mark.slow
+def test_predicted_latencies_are_compared_with_those_measured_twice(
+    script: Callable[..., None], ldm_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--plans", "3", "--calibration", "2", "--rounds", "3"]
+    script(ROOT / "benchmarks" / "latency_model.py", *few, "--model", ldm_folder)
+    made = json.loads(capsys.readouterr().out)
+    assert made["calibration"]["plans"] == 2
+    assert len(made["plans"]) == 3
+    for plan in made["plans"]:
+        assert plan["error"] == pytest.approx(abs(plan["predicted"] - plan["measured"]) / plan["measured"])
+        assert plan["predicted"] != plan["predicted_by_hooks"]
+    assert made["errors"]["error"]["worst"] == max(plan["error"] for plan in made["plans"])
+
+
+@pytest.mark.slow
 def test_the_demo_of_sound_leaves_something_to_listen_to(script: Callable[..., None], audio: Pipeline, tmp_path: Path) -> None:
     audio.pipe.save_pretrained(tmp_path / "tiny-audio")
     few = ["--samples", "2", "--steps", "1", "--latency", "98%", "--model", tmp_path / "tiny-audio", "--out", tmp_path / "demo"]

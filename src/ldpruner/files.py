@@ -16,6 +16,11 @@ from ldpruner.errors import ArtifactError, DataError, LDPrunerError
 MARKER = ".ldpruner"  # in every folder that we wrote: only such a folder, or an empty one, is ever replaced
 
 
+def cache_folder() -> Path:
+    """Where samples, features, latencies and downloaded weights are kept: $LDPRUNER_CACHE, or ~/.cache/ldpruner."""
+    return Path(os.environ.get("LDPRUNER_CACHE") or Path.home() / ".cache" / "ldpruner")
+
+
 @contextmanager
 def staged_folder(target: Path) -> Iterator[Path]:
     """A scratch folder that becomes `target` when the block ends well, and vanishes when it does not.

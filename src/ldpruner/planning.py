@@ -10,18 +10,20 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from ldpruner.benchmarking import Comparison, compare_calls
+from ldpruner.calibration import calibrate, fillable, readings_on
 from ldpruner.errors import BudgetError
+from ldpruner.latencies import Reading, Readings, timed
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Budget, Edit, Plan, Quantity, Repairing, corrected, parse_budgets
+from ldpruner.plans import Budget, Edit, Plan, Quantity, Repairing, parse_budgets
 from ldpruner.probes import Probe
 from ldpruner.recovery.activations import fitting_calls
 from ldpruner.recovery.closed_form import repair as fit_together
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring import Run
 from ldpruner.scoring.latent import latent_shift
-from ldpruner.selection import SWEEP, Choice, Priors, choose, reachable, selections_of
+from ldpruner.selection import SWEEP, Choice, Priors, choose, predict_edits, reachable, selections_of, share
 from ldpruner.selection.choice import FREE
 from ldpruner.surgery import Fitted, pruned_view
 
@@ -64,10 +66,11 @@ def plan(
     alike the one with the fewest edits, which leaves the least to recover. Scores are taken one operator at a time and do not
     tell which plan is best together; a generation by each does, and costs next to nothing.
 
-    MACs and parameters are counted. Latency is predicted from the operators' times, then measured on the pruned denoiser
-    (`rounds` pairs of calls), and the prediction's target moved until the measured value holds with as little removed as
-    the measurements can tell. With `repair`, what the stand-ins then hold besides is part of what is measured. Raises
-    `BudgetError` with what can be reached where a budget is out of reach.
+    MACs and parameters are counted. Latency is predicted from the operators' times, as plans that were measured on this device
+    correct them, then measured on the pruned denoiser (`rounds` pairs of calls), and the prediction's target moved until the
+    measured value holds with as little removed as the measurements can tell. Readings are kept in the cache; where it has few of
+    this device, random plans are measured first. With `repair`, what the stand-ins then hold besides is part of what is
+    measured. Raises `BudgetError` with what can be reached where a budget is out of reach.
     """
     run.check_weights(weights_digest(pipeline.denoiser), pipeline.source)
     budgets = parse_budgets(budget)
@@ -76,16 +79,22 @@ def plan(
     scores = [entry for entry in run.scores if replacements is None or entry.replacement in replacements]
     targets: Targets = {b.quantity: b.share(run.operators.total) for b in budgets}
     call = pipeline.call(run.probe)
+    dead_code = DeadCode(pipeline.denoiser, call, run.operators)
+    readings = Readings()
+    if "latency" in targets:
+        readings = readings_on(pipeline, call, run.operators, repair)
+        calibrate(readings, pipeline, call, run.operators, dead_code, repair=repair)
     search = _Search(
         pipeline=pipeline,
         call=call,
-        dead_code=DeadCode(pipeline.denoiser, call, run.operators),
+        dead_code=dead_code,
         run=replace(run, scores=tuple(scores)),
         budgets=budgets,
         selection=selection,
         priors=priors,
         repair=repair,
         rounds=rounds,
+        readings=readings,
     )
     searches = [replace(search, selection=name) for name in selections_of(selection, scores)]
     if len(searches) == 1:
@@ -180,14 +189,20 @@ class _Search:
     priors: Priors
     repair: Repairing
     rounds: int
+    readings: Readings = field(default_factory=Readings)
     seen: list[Planned] = field(default_factory=list)  # measured before, by searches that share the list too
 
     def planned(self, targets: Targets) -> Planned:
-        return self.measured(targets) if "latency" in targets else self.counted(targets)
+        return self.timed().measured(targets) if "latency" in targets else self.counted(targets)
+
+    def timed(self) -> _Search:
+        """The same search, with times of operators as all readings until now correct them."""
+        return replace(self, run=replace(self.run, operators=timed(self.run.operators, self.readings.held)))
 
     def predicted(self, targets: Targets) -> Plan:
         """The plan that is predicted to meet the targets; nothing is measured."""
-        return self._plan(self._choose(targets))
+        search = self.timed()
+        return search._plan(search._choose(targets))
 
     def counted(self, targets: Targets) -> Planned:
         choice = self._choose(targets)
@@ -211,7 +226,8 @@ class _Search:
             choice, tries = self._choose({**targets, "latency": aims[place]}), tries + 1
             tried = self._try(choice, limit)
             reached = _ratio(tried)
-            log.info("choice %d of %d: predicted %.3f, measured %.3f", place + 1, len(aims), choice.predicted["latency"], reached)
+            predicted = tried.plan.predicted["latency"]
+            log.info("choice %d of %d: predicted %.3f, measured %.3f", place + 1, len(aims), predicted, reached)
             if reached <= limit and self._counts_hold(choice, targets):
                 best, fast_enough = tried, place
                 if reached > CLOSE * limit:
@@ -234,12 +250,12 @@ class _Search:
         """
         taken, above = span
         offered = min(taken * targets["latency"] / _ratio(best), math.nextafter(above, 0.0))
-        for share in (1.0, 0.5):
+        for part in (1.0, 0.5):
             if _ratio(best) > CLOSE * targets["latency"] or offered <= taken:
                 break
-            choice = self._choose({**targets, "latency": taken + share * (offered - taken)})
+            choice = self._choose({**targets, "latency": taken + part * (offered - taken)})
             tried = self._try(choice, targets["latency"])
-            log.info("given back: predicted %.3f, measured %.3f", choice.predicted["latency"], _ratio(tried))
+            log.info("given back: predicted %.3f, measured %.3f", tried.plan.predicted["latency"], _ratio(tried))
             if _ratio(tried) <= targets["latency"] and self._counts_hold(choice, targets):
                 return tried
         return best
@@ -254,9 +270,9 @@ class _Search:
         for planned in self.seen:
             if planned.plan.edits == made.edits:
                 return replace(planned, plan=made)
-        comparison = self._measure(made)
+        comparison = self._read(made)
         if comparison.ratio.value <= NEAR * limit:
-            comparison = self._measure(made)
+            comparison = self._read(made)
         self.seen.append(Planned(plan=made, measured=comparison))
         return self.seen[-1]
 
@@ -264,7 +280,7 @@ class _Search:
         """All that can go, where the last choice was still too slow. Raises `BudgetError` where a second reading agrees."""
         choice = self._choose(dict.fromkeys(targets, 0.0))
         made = self._plan(choice)
-        comparison = self._measure(made)
+        comparison = self._read(made)
         reached = {**choice.predicted, "latency": comparison.ratio.value}
         if any(reached[quantity] > target for quantity, target in targets.items()):
             raise self._out_of_reach(targets, reached)
@@ -279,16 +295,23 @@ class _Search:
 
     def _plan(self, choice: Choice) -> Plan:
         edits = self.dead_code.completed(choice.edits)
+        left, total = predict_edits(self.run.operators, edits), self.run.operators.total
         return Plan(
             model=self.run.operators.model,
             denoiser=self.run.operators.denoiser,
-            edits=corrected(edits, self.run.operators) if self.repair == "closed-form" else edits,
+            edits=fillable(edits, self.run.operators, self.repair),
             budgets=self.budgets,
-            predicted={str(quantity): value for quantity, value in choice.predicted.items()},
+            predicted={str(quantity): share(left, total, quantity) for quantity in choice.predicted},
             probe=self.run.probe,
             selection="/".join(filter(None, (self.run.method, self.selection, str(self.priors)))),
             repair=self.repair,
         )
+
+    def _read(self, made: Plan) -> Comparison:
+        """A measurement, from which the searches after this one learn."""
+        comparison = self._measure(made)
+        self.readings.add(Reading.of(made.edits, comparison.ratio))
+        return comparison
 
     def _measure(self, made: Plan) -> Comparison:
         original = self.pipeline.denoiser

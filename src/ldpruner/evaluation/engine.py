@@ -19,9 +19,10 @@ from ldpruner.environment import environment, peak_since_reset, reset_peak
 from ldpruner.errors import DataError, suggest
 from ldpruner.evaluation import features as nets
 from ldpruner.evaluation.base import ALIASES, METRICS, Evidence, Metric, length
-from ldpruner.evaluation.features import FEATURE_NETS, FeatureNet, cache_folder
+from ldpruner.evaluation.features import FEATURE_NETS, FeatureNet
 from ldpruner.evaluation.kept import Samples, Watch
 from ldpruner.evaluation.streams import RealData, paired, reference_streams, sample_streams
+from ldpruner.files import cache_folder
 from ldpruner.operators.timing import device_of
 from ldpruner.pipelines import Model, Pipeline, as_pipeline, locate
 from ldpruner.probes import Probe

@@ -6,7 +6,6 @@ The zoo's judges ship. Inception, CLIP and CLAP come from a path, or from the hu
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from ldpruner.datasets import signed
 from ldpruner.errors import DataError
 from ldpruner.evaluation.judges import REFERENCE, CaptionJudge, Seen, load_judge
+from ldpruner.files import cache_folder
 from ldpruner.operators.tracing import weights_digest
 from ldpruner.registry import Registry
 
@@ -160,11 +160,6 @@ def _reader(network: Any, tokenizer: Any, device: str) -> Callable[[Sequence[str
         return _embedded(network.get_text_features(**tokens))["embeddings"]
 
     return describe
-
-
-def cache_folder() -> Path:
-    """Where generated samples, features and downloaded weights are kept: $LDPRUNER_CACHE, or ~/.cache/ldpruner."""
-    return Path(os.environ.get("LDPRUNER_CACHE") or Path.home() / ".cache" / "ldpruner")
 
 
 def _pretrained(net: str, source: str, kind: Any) -> Any:

@@ -43,8 +43,8 @@ class FastScorer(Scorer):
 
     The cut of a target is the highest score among edits that the paper's order takes to meet it. An edit is clear when it lies
     `CLEAR` doubts from every cut, or another replacement of its operator clearly does less harm and saves as much. Of the rest,
-    those nearest to each cut go up one rung, until all are clear or on the last one, or `allowance` is spent: denoiser passes of one
-    sample, per edit on average, where a backward pass counts as two.
+    those nearest to each cut go up one rung, until all are clear or on the last one, or `allowance` is spent: denoiser passes of
+    one sample, per edit on average, where a backward pass counts as two.
 
     Scores are on the scale of the paper's for the last rung's samples. The ladder and the race are ours; its second rung is
     LAPTOP-Diff's criterion (arXiv 2404.11098), its last ones are LD-Pruner's (arXiv 2404.11936).

@@ -1,6 +1,6 @@
 """Which operators to replace: by a ranking or by an exact program, and the predicted cost of what is left."""
 
-from ldpruner.selection.choice import Choice, choose, predict, reachable, share
+from ldpruner.selection.choice import Choice, choose, predict, predict_edits, reachable, share
 from ldpruner.selection.priors import Priors
 from ldpruner.selection.rankings import OBJECTIVES, RANKINGS, SWEEP, Option, selections_of
 from ldpruner.selection.tables import Row, price_table, priced
@@ -15,6 +15,7 @@ __all__ = [
     "Row",
     "choose",
     "predict",
+    "predict_edits",
     "price_table",
     "priced",
     "reachable",

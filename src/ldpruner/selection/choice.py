@@ -135,12 +135,26 @@ def share(left: Cost, total: Cost, quantity: Quantity) -> float:
 
 def predict(operators: Operators, chosen: Chosen) -> Cost:
     """What a denoiser costs once `chosen` is replaced and all that dies with it is gone."""
+    gone = outermost([*chosen, *_dead(chosen)])
+    return left_without(operators, {name: chosen[name].cost if name in chosen else Cost() for name in gone})
+
+
+def predict_edits(operators: Operators, edits: Iterable[Edit]) -> Cost:
+    """What a denoiser costs with these edits made and no others; what dies jointly is among them, where it is to count."""
+
+    def added(edit: Edit) -> Cost:
+        return Cost() if edit.reason == "dead" else operators[edit.operator].candidate(edit.replacement).cost
+
+    return left_without(operators, {edit.operator: added(edit) for edit in edits})
+
+
+def left_without(operators: Operators, gone: Mapping[str, Cost]) -> Cost:
+    """What a denoiser costs once operators, none of which lies in another, have given way to what costs this much."""
     by_name = {operator.name: operator for operator in operators.operators}
-    gone = set(outermost([*chosen, *_dead(chosen)]))
     total = operators.total
     params, macs, latency_ms = total.params, total.macs, total.latency_ms
-    for name in gone:
-        removed, added = by_name[name].cost, chosen[name].cost if name in chosen else Cost()
+    for name, added in gone.items():
+        removed = by_name[name].cost
         params += added.params - removed.params
         macs += added.macs - removed.macs
         latency_ms += added.latency_ms - removed.latency_ms
