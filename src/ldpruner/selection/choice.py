@@ -42,7 +42,7 @@ def choose(
     for quantity in targets:
         share(operators.total, operators.total, quantity)
     if selection in OBJECTIVES:
-        options = _options(operators, scores)
+        options = options_of(operators, scores)
         chosen = solve(operators, options, targets, objective=OBJECTIVES[selection], priors=priors)
     else:
         chosen = _accepted(operators, scores, targets, selection, priors)
@@ -117,7 +117,7 @@ def _needed(
 
 def _ranked(operators: Operators, scores: Sequence[Score], quantities: Sequence[Quantity], selection: str) -> list[Option]:
     """What saves of the first quantity in its ranking, then what saves of the others only."""
-    options = _options(operators, scores)
+    options = options_of(operators, scores)
     ranked: list[Option] = []
     for quantity in quantities:
         seen = {option.score.key for option in ranked}
@@ -147,7 +147,8 @@ def predict(operators: Operators, chosen: Chosen) -> Cost:
     return Cost(params=params, macs=macs, latency_ms=latency_ms)
 
 
-def _options(operators: Operators, scores: Sequence[Score]) -> list[Option]:
+def options_of(operators: Operators, scores: Sequence[Score]) -> list[Option]:
+    """Every replacement that has a score. Raises `RunError` where none has."""
     by_key = {entry.key: entry for entry in scores}
     pairs = [(o, c) for o, c in operators.pairs() if (o.name, c.replacement) in by_key]
     if not pairs:
