@@ -93,13 +93,16 @@ class Improver:
         idle, changes = 0, max(CHANGES)
         while len(self.known) - before < allowance and idle < PATIENCE:
             proposed = self._proposed(steps[-1], targets, changes)
-            if proposed is None:
+            if proposed is None and changes == max(CHANGES):
                 break
+            if proposed is None:
+                changes = max(CHANGES)
+                continue
             tried = Step(chosen=proposed, shift=self._shift(proposed))
             better = tried.shift < steps[-1].shift
             log.debug("%d changes allowed, shift %.4g: %s", changes, tried.shift, "taken" if better else "left")
             idle = 0 if better else idle + 1
-            changes = max(CHANGES) if better else max(min(CHANGES), changes - 1)
+            changes = max(CHANGES) if better or changes == min(CHANGES) else changes - 1
             steps += [tried] if better else []
         return Improved(chosen=steps[-1].chosen, shift=steps[-1].shift, evaluations=len(self.known) - before, steps=tuple(steps))
 

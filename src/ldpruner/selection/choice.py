@@ -46,6 +46,11 @@ def choose(
         chosen = solve(operators, options, targets, objective=OBJECTIVES[selection], priors=priors)
     else:
         chosen = _accepted(operators, scores, targets, selection, priors)
+    return choice_of(chosen, operators, scores, targets)
+
+
+def choice_of(chosen: Chosen, operators: Operators, scores: Sequence[Score], targets: Mapping[Quantity, float]) -> Choice:
+    """The edits of a set of replacements that were scored, and what they are predicted to leave."""
     left = predict(operators, chosen)
     predicted = {quantity: share(left, operators.total, quantity) for quantity in QUANTITIES if operators.total.of(quantity)}
     return Choice(
@@ -53,6 +58,11 @@ def choose(
         predicted=predicted,
         exhausted=any(predicted[quantity] > target + 1e-9 for quantity, target in targets.items()),
     )
+
+
+def chosen_in(edits: Iterable[Edit], operators: Operators) -> Chosen:
+    """The set of replacements that edits were made of: without those of what is only dead."""
+    return {e.operator: operators[e.operator].candidate(e.replacement) for e in edits if e.reason == "chosen"}
 
 
 def reachable(
