@@ -191,6 +191,9 @@ def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(activations, "STEPS", (2, 3))
     monkeypatch.setattr(planning, "RANKED_ON", 2)
     monkeypatch.setattr(planning, "JUDGED_ON", 8)
+    monkeypatch.setattr(planning, "IMPROVED_ON", 4)
+    monkeypatch.setattr(planning, "EVALUATIONS", 2)
+    monkeypatch.setattr(planning, "MORE", 1)
 
 
 @pytest.fixture

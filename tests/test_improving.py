@@ -72,7 +72,7 @@ def test_an_edit_that_makes_up_for_another_is_found() -> None:
     assert set(found.chosen) == {"c", "d"}
 
 
-@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("priors", [Priors(), Priors(apart=1)])
 def test_it_comes_near_the_best_of_all_sets_that_may_stand_and_meet_the_targets(seed: int, priors: Priors) -> None:
     model, scores = denoiser(seed)
@@ -92,7 +92,7 @@ def test_it_comes_near_the_best_of_all_sets_that_may_stand_and_meet_the_targets(
 def test_no_set_is_measured_twice_and_no_more_than_are_allowed() -> None:
     model, scores = denoiser(3)
     start = start_of(model, scores, TARGETS)
-    for allowance in (1, 2, 10, 60):
+    for allowance in (1, 2, 10, 40):
         judge = Together.drawn(model, scores, 3)
         found = improve(start, model, scores, TARGETS, judge=judge, allowance=allowance)
         assert len(judge.asked) == len(set(judge.asked)) == found.evaluations <= allowance
@@ -104,7 +104,7 @@ def test_no_set_is_measured_twice_and_no_more_than_are_allowed() -> None:
 def test_the_same_arguments_give_the_same_set() -> None:
     model, scores = denoiser(5)
     start = start_of(model, scores, TARGETS)
-    first, second = (improve(start, model, scores, TARGETS, judge=Together.drawn(model, scores, 5)) for _ in range(2))
+    first, second = (improve(start, model, scores, TARGETS, judge=Together.drawn(model, scores, 5), allowance=30) for _ in range(2))
     assert first == second
 
 
@@ -112,7 +112,7 @@ def test_what_was_learned_at_one_target_serves_at_the_next() -> None:
     model, scores = denoiser(2)
     judge = Together.drawn(model, scores, 2)
     improver = Improver.of(model, scores, ["latency"], judge=judge)
-    improver.improved(start_of(model, scores, {"latency": 0.85}), {"latency": 0.85})
+    improver.improved(start_of(model, scores, {"latency": 0.85}), {"latency": 0.85}, allowance=40)
     improver.improved(start_of(model, scores, {"latency": 0.84}), {"latency": 0.84}, allowance=20)
     assert len(judge.asked) == len(set(judge.asked))
 

@@ -8,24 +8,21 @@ likes most of those not measured yet; what is measured then corrects the model.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from ldpruner.plans import Operators, Quantity, Score
-from ldpruner.selection import Option, Priors, options_of
+from ldpruner.selection import Option, Priors, options_of, predict, share
 from ldpruner.selection.choice import FREE, Chosen
 from ldpruner.selection.exact import Keys, Nearby
-
-log = logging.getLogger(__name__)
 
 Judge = Callable[[Chosen], float]  # the joint latent shift of a set of replacements, always on the same noise
 Key = tuple[str, str]  # operator and replacement
 ALLOWANCE = 120  # sets that are measured, of which each costs as much as the score of one operator
 PATIENCE = 24  # proposals in a row that may be no better, before the search ends
-CHANGES = 3, 8  # the fewest and the most that a proposal may differ by: an edit out, two in; and a block for its parts
+FEWEST, MOST = 3, 8  # edits by which a proposal may differ from the best set, in turn: one out and two in; a block for its parts
 MISFIT = 0.25  # how far off a linear model of squared shifts is, for each change, as a share of them
 LARGEST = 1e4  # times the squared joint shift: above it, harms are not told apart
 FLOOR = 0.05  # of what the single score says: the least that an edit is taken to add
@@ -41,12 +38,18 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Improved:
-    """The best set that was found, what it cost to find, and every set that was the best for a while, the start first."""
+    """Every set that was the best for a while, the start first and the best of all last, and what they cost to find."""
 
-    chosen: Chosen
-    shift: float
-    evaluations: int
     steps: tuple[Step, ...]
+    evaluations: int
+
+    @property
+    def chosen(self) -> Chosen:
+        return self.steps[-1].chosen
+
+    @property
+    def shift(self) -> float:
+        return self.steps[-1].shift
 
 
 def improve(
@@ -70,47 +73,61 @@ def improve(
 class Improver:
     """Improves plans of one denoiser; what was measured for one target is known when the next one is searched."""
 
+    operators: Operators
     options: Mapping[Key, Option]
-    judge: Judge
     nearby: Nearby
-    known: dict[Keys, float] = field(default_factory=dict)  # sets that were measured, and their joint shifts
+    judge: Judge
+    known: dict[Keys, float]  # sets that were measured, and their joint shifts
 
     @classmethod
     def of(
-        cls, operators: Operators, scores: Sequence[Score], quantities: Iterable[Quantity], *, judge: Judge, priors: Priors = FREE
+        cls,
+        operators: Operators,
+        scores: Sequence[Score],
+        quantities: Iterable[Quantity],
+        *,
+        judge: Judge,
+        priors: Priors = FREE,
+        known: dict[Keys, float] | None = None,
     ) -> Improver:
+        """`known` holds what was measured before, by the same judge, and is added to."""
         options = options_of(operators, scores)
-        nearby = Nearby(operators, options, priors=priors, quantities=quantities)
-        return cls(options={option.score.key: option for option in options}, judge=judge, nearby=nearby)
+        return cls(
+            operators=operators,
+            options={option.score.key: option for option in options},
+            nearby=Nearby(operators, options, priors=priors, quantities=quantities),
+            judge=judge,
+            known={} if known is None else known,
+        )
 
     def improved(self, start: Chosen, targets: Mapping[Quantity, float], *, allowance: int = ALLOWANCE) -> Improved:
-        """See `improve`."""
-        before = len(self.known)
-        steps = [Step(chosen=start, shift=self._shift(start))]
-        for name in start:
-            if len(self.known) - before < allowance:
-                self._shift({other: candidate for other, candidate in start.items() if other != name})
-        idle, changes = 0, max(CHANGES)
+        """See `improve`. A start that misses the targets gives way to the first set that meets them."""
+        before, steps = len(self.known), [self._measured(start)]
+        if before <= len(start):  # little is known of what each edit adds beside the others
+            for name in list(start)[: allowance - 1]:
+                self._measured({other: candidate for other, candidate in start.items() if other != name})
+        idle, changes = 0, MOST
         while len(self.known) - before < allowance and idle < PATIENCE:
-            proposed = self._proposed(steps[-1], targets, changes)
-            if proposed is None and changes == max(CHANGES):
-                break
+            best = steps[-1]
+            proposed = self._proposed(best, targets, changes) or self._proposed(best, targets, MOST)
             if proposed is None:
-                changes = max(CHANGES)
-                continue
-            tried = Step(chosen=proposed, shift=self._shift(proposed))
-            better = tried.shift < steps[-1].shift
-            log.debug("%d changes allowed, shift %.4g: %s", changes, tried.shift, "taken" if better else "left")
-            idle = 0 if better else idle + 1
-            changes = max(CHANGES) if better or changes == min(CHANGES) else changes - 1
+                break
+            tried = self._measured(proposed)
+            better = tried.shift < best.shift or not self._meets(best.chosen, targets)
             steps += [tried] if better else []
-        return Improved(chosen=steps[-1].chosen, shift=steps[-1].shift, evaluations=len(self.known) - before, steps=tuple(steps))
+            idle = 0 if better else idle + 1
+            changes = MOST if better or changes == FEWEST else changes - 1
+        return Improved(steps=tuple(steps), evaluations=len(self.known) - before)
 
-    def _shift(self, chosen: Chosen) -> float:
+    def _measured(self, chosen: Chosen) -> Step:
         keys = keys_of(chosen)
         if keys not in self.known:
             self.known[keys] = self.judge(chosen)
-        return self.known[keys]
+        return Step(chosen=chosen, shift=self.known[keys])
+
+    def _meets(self, chosen: Chosen, targets: Mapping[Quantity, float]) -> bool:
+        left, total = predict(self.operators, chosen), self.operators.total
+        return all(share(left, total, quantity) <= target + 1e-9 for quantity, target in targets.items())
 
     def _proposed(self, best: Step, targets: Mapping[Quantity, float], changes: int) -> Chosen | None:
         """Of the sets near the best that meet the targets and are not measured, the one that is expected to shift least."""
@@ -134,12 +151,11 @@ def contributions(options: Mapping[Key, Option], centre: Keys, known: Mapping[Ke
     keys = list(options)
     base = known[centre] ** 2
     prior = _prior(options, centre, base)
-    rows = [(np.array([(key in each) - float(key in centre) for key in keys]), shift**2) for each, shift in known.items()]
-    rows = [(row, square) for row, square in rows if row.any()]
-    if not rows:
+    sets = [each for each in known if each != centre]
+    if not sets:
         return dict(zip(keys, prior, strict=True))
-    matrix = np.stack([row for row, _ in rows])
-    squares = np.array([square for _, square in rows])
+    matrix = np.array([[(key in each) - float(key in centre) for key in keys] for each in sets])
+    squares = np.array([min(known[each] ** 2, LARGEST * base) for each in sets])
     doubt = (prior + base / max(1, len(centre))) ** 2
     misfit = (MISFIT * np.abs(matrix).sum(1) * (squares + base)) ** 2 + np.finfo(float).tiny
     spread = matrix * doubt
