@@ -332,5 +332,5 @@ class _Improving(_Search):
         return choice if better.exhausted else better
 
     def _shift(self, chosen: Chosen) -> float:
-        edits = choice_of(chosen, self.run.operators, self.run.scores, {}).edits
-        return self.judge.of(self.dead_code.completed(edits), self.run.fitted)
+        """The judge's, without a look for what else is dead: that changes no latent."""
+        return self.judge.of(choice_of(chosen, self.run.operators, self.run.scores, {}).edits, self.run.fitted)
