@@ -192,6 +192,9 @@ def few_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "RANKED_ON", 2)
     monkeypatch.setattr(planning, "JUDGED_ON", 8)
     monkeypatch.setattr(calibration, "CALIBRATING", 0)
+    monkeypatch.setattr(planning, "IMPROVED_ON", 4)
+    monkeypatch.setattr(planning, "EVALUATIONS", 2)
+    monkeypatch.setattr(planning, "MORE", 1)
 
 
 @pytest.fixture

@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
-import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import pytest
 
-from invented import chosen, operator, operators, scored
+from invented import chosen, denoiser, operator, operators, scored, sets
 from ldpruner.errors import BudgetError
-from ldpruner.plans import Candidate, Operators, Quantity, Score, within
+from ldpruner.plans import Candidate, Quantity
 from ldpruner.quiet import printing_nothing
 from ldpruner.selection import OBJECTIVES, Priors, choose, predict, reachable
 from ldpruner.selection.choice import share
 
 PLAIN = operators(operator("a", 10, "identity"), operator("b", 30, "identity"), operator("c", 20, "identity"))
-
-
-def denoiser(seed: int) -> tuple[Operators, list[Score]]:
-    """Blocks with parts in two stages, some with two replacements, some with a part elsewhere that dies with them."""
-    draw = random.Random(seed)
-    found = []
-    for number in range(4):
-        stage, block = f"s{number // 2}", f"s{number // 2}.{number}"
-        parts = [f"{block}.{part}" for part in "pq"]
-        feeder = draw.choice([f"s{n // 2}.{n}.q" for n in range(4) if n != number])
-        found += [
-            operator(block, draw.randint(12, 20), "identity"),
-            operator(parts[0], draw.randint(2, 6), "identity", "pointwise", stand_in_ms=1.0, dead=draw.choice([(), (feeder,)])),
-            operator(parts[1], draw.randint(2, 6), *draw.choice([(), ("zero",)])),
-        ]
-        found[-3:] = [replace(each, stage=stage, block=block) for each in found[-3:]]
-    model = operators(*found)
-    pairs = [(o.name, c.replacement, draw.uniform(0.1, 3.0)) for o, c in model.pairs()]
-    return model, [replace(entry, output_error=draw.uniform(0.1, 3.0)) for entry in scored(*pairs)]
-
-
-def sets(model: Operators) -> Iterator[Mapping[str, Candidate]]:
-    """Every set of replacements that may stand together."""
-    ways = [[None, *o.candidates] for o in model.operators if o.candidates]
-    names = [o.name for o in model.operators if o.candidates]
-    for picked in itertools.product(*ways):
-        taken = {name: candidate for name, candidate in zip(names, picked, strict=True) if candidate}
-        dead = [name for candidate in taken.values() for name in candidate.dead]
-        nested = any(within(a, b) for a, b in itertools.permutations(taken, 2))
-        if not nested and not any(within(name, gone) for name in taken for gone in dead):
-            yield taken
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -5,27 +5,26 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-
-from torch import Tensor
+from dataclasses import dataclass, field, fields, replace
 
 from ldpruner.benchmarking import Comparison, compare_calls
 from ldpruner.calibration import calibrate, fillable, readings_on
 from ldpruner.errors import BudgetError
+from ldpruner.improving import Improver
+from ldpruner.judging import JointShift
 from ldpruner.latencies import Reading, Readings, timed
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Budget, Edit, Plan, Quantity, Repairing, parse_budgets
-from ldpruner.probes import Probe
 from ldpruner.recovery.activations import fitting_calls
 from ldpruner.recovery.closed_form import repair as fit_together
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring import Run
-from ldpruner.scoring.latent import latent_shift
-from ldpruner.selection import SWEEP, Choice, Priors, choose, predict_edits, reachable, selections_of, share
-from ldpruner.selection.choice import FREE
-from ldpruner.surgery import Fitted, pruned_view
+from ldpruner.selection import SWEEP, Choice, Priors, choice_of, choose, chosen_in, predict_edits, reachable, selections_of, share
+from ldpruner.selection.choice import FREE, Chosen
+from ldpruner.selection.exact import Keys
+from ldpruner.surgery import pruned_view
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +36,9 @@ RANKED_ON = 12  # calls on which plans are repaired to be compared
 FINALISTS = 3  # plans that are measured, repaired where that is wanted, and judged again
 JUDGED_ON = 64  # samples that judge plans, where the probe has not more: those of few tell chance from chance
 APART = 5_000  # from the probe's seeds to those of samples that judge plans
+IMPROVED_ON = 32  # samples on which plans are improved, none of those that judge plans
+EVALUATIONS = 120  # sets of replacements that may be measured to improve a plan, and
+MORE = 12  # to improve it again for a target that a measured latency has moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +101,12 @@ def plan(
     searches = [replace(search, selection=name) for name in selections_of(selection, scores)]
     if len(searches) == 1:
         return search.planned(targets)
-    judge = _Judge.of(pipeline, run, batch_size)
-    return _least_shifting(_held(judge.sorted(searches, targets), targets), pipeline, run, judge, batch_size)
+    samples = max(run.probe.samples, JUDGED_ON)
+    judge = JointShift.on(pipeline, run.probe, samples=samples, seed=run.probe.seed + APART, batch_size=batch_size)
+    searches = _sorted(searches, targets, judge, run)
+    if selection == SWEEP:
+        searches.insert(0, _Improving.of(searches[0], targets, batch_size))
+    return _least_shifting(_held(searches, targets), pipeline, run, judge, batch_size)
 
 
 def _held(searches: Sequence[_Search], targets: Targets) -> list[Planned]:
@@ -118,39 +124,18 @@ def _held(searches: Sequence[_Search], targets: Targets) -> list[Planned]:
     return found
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Judge:
-    """How far edits move the latents, all together; on more samples than scores need, and others."""
-
-    pipeline: Pipeline
-    fitted: Fitted
-    probe: Probe
-    reference: Tensor
-    batch_size: int | None
-
-    @classmethod
-    def of(cls, pipeline: Pipeline, run: Run, batch_size: int | None) -> _Judge:
-        samples, seed = max(run.probe.samples, JUDGED_ON), run.probe.seed + APART
-        probe = replace(pipeline.varied(run.probe), samples=samples, seed=seed)
-        reference = pipeline.latents(probe, batch_size=batch_size)
-        return cls(pipeline=pipeline, fitted=run.fitted, probe=probe, reference=reference, batch_size=batch_size)
-
-    def shift(self, edits: Sequence[Edit], fitted: Fitted) -> float:
-        with self.pipeline.with_denoiser(pruned_view(self.pipeline.denoiser, edits, fitted)):
-            return latent_shift(self.reference, self.pipeline.latents(self.probe, batch_size=self.batch_size))
-
-    def sorted(self, searches: Sequence[_Search], targets: Targets) -> list[_Search]:
-        """One search for every plan that is predicted to meet the targets: the least shift, before repair, first."""
-        found: list[tuple[float, tuple[Edit, ...], _Search]] = []
-        for search in searches:
-            edits = search.predicted(targets).edits
-            if all(edits != other for _, other, _ in found):
-                found.append((self.shift(edits, self.fitted), edits, search))
-                log.info("%s: %d edits, joint latent shift %.4g, predicted", search.selection, len(edits), found[-1][0])
-        return [search for _, _, search in sorted(found, key=lambda entry: entry[0])]
+def _sorted(searches: Sequence[_Search], targets: Targets, judge: JointShift, run: Run) -> list[_Search]:
+    """One search for every plan that is predicted to meet the targets: the least shift, before repair, first."""
+    found: list[tuple[float, tuple[Edit, ...], _Search]] = []
+    for search in searches:
+        edits = search.timed().predicted(targets).edits
+        if all(edits != other for _, other, _ in found):
+            found.append((judge.of(edits, run.fitted), edits, search))
+            log.info("%s: %d edits, joint latent shift %.4g, predicted", search.selection, len(edits), found[-1][0])
+    return [search for _, _, search in sorted(found, key=lambda entry: entry[0])]
 
 
-def _least_shifting(plans: Sequence[Planned], pipeline: Pipeline, run: Run, judge: _Judge, batch_size: int | None) -> Planned:
+def _least_shifting(plans: Sequence[Planned], pipeline: Pipeline, run: Run, judge: JointShift, batch_size: int | None) -> Planned:
     """The plan whose edits, all together, move the latents least; of those that do alike, the shortest."""
     distinct = [planned for place, planned in enumerate(plans) if all(planned.plan.edits != p.plan.edits for p in plans[:place])]
     if len(distinct) == 1:
@@ -162,7 +147,7 @@ def _least_shifting(plans: Sequence[Planned], pipeline: Pipeline, run: Run, judg
         edits, fitted = planned.plan.edits, run.fitted
         if repaired:
             fitted = fit_together(pipeline, edits, run.probe, fitted=fitted, calls=calls)
-        shifts.append(judge.shift(edits, fitted))
+        shifts.append(judge.of(edits, fitted))
         log.info("%s: %d edits, joint latent shift %.4g", planned.plan.selection, len(edits), shifts[-1])
     alike = [place for place, shift in enumerate(shifts) if shift <= ALIKE * min(shifts)]
     return distinct[min(alike, key=lambda place: (len(distinct[place].plan.edits), shifts[place]))]
@@ -191,6 +176,10 @@ class _Search:
     rounds: int
     readings: Readings = field(default_factory=Readings)
     seen: list[Planned] = field(default_factory=list)  # measured before, by searches that share the list too
+
+    @property
+    def name(self) -> str:
+        return self.selection
 
     def planned(self, targets: Targets) -> Planned:
         return self.timed().measured(targets) if "latency" in targets else self.counted(targets)
@@ -303,7 +292,7 @@ class _Search:
             budgets=self.budgets,
             predicted={str(quantity): share(left, total, quantity) for quantity in choice.predicted},
             probe=self.run.probe,
-            selection="/".join(filter(None, (self.run.method, self.selection, str(self.priors)))),
+            selection="/".join(filter(None, (self.run.method, self.name, str(self.priors)))),
             repair=self.repair,
         )
 
@@ -327,3 +316,43 @@ class _Search:
             f"{asked} cannot be met: all {count} removable operators together reach {floor}. Ask for that or more, or allow "
             "more replacements."
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Improving(_Search):
+    """A search whose choices are those of a selection, improved; where the target has moved, the last one is improved again."""
+
+    judge: JointShift
+    known: dict[Keys, float] = field(default_factory=dict)  # joint shifts of what was measured, for any target
+    improved: list[Chosen] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, search: _Search, targets: Targets, batch_size: int | None) -> _Improving:
+        """The search, with judges whose samples are none of those that judge plans."""
+        run, names = search.run, [f.name for f in fields(_Search)]
+        judge = JointShift.on(
+            search.pipeline, run.probe, samples=IMPROVED_ON, seed=run.probe.seed + 2 * APART, batch_size=batch_size
+        )
+        judge = judge.tamed(search.predicted(targets).edits, run.fitted)
+        return cls(**{name: getattr(search, name) for name in names}, judge=judge)
+
+    @property
+    def name(self) -> str:
+        return f"{self.selection}, improved"
+
+    def _choose(self, targets: Targets) -> Choice:
+        choice = super()._choose(targets)
+        if choice.exhausted:
+            return choice
+        operators, scores = self.run.operators, self.run.scores
+        improver = Improver.of(operators, scores, targets, judge=self._shift, priors=self.priors, known=self.known)
+        start = self.improved[-1] if self.improved else chosen_in(choice.edits, operators)
+        found = improver.improved(start, targets, allowance=MORE if self.improved else EVALUATIONS)
+        log.info("%s: joint latent shift %.4g to %.4g in %d", self.name, found.steps[0].shift, found.shift, found.evaluations)
+        self.improved.append(found.chosen)
+        better = choice_of(found.chosen, operators, scores, targets)
+        return choice if better.exhausted else better
+
+    def _shift(self, chosen: Chosen) -> float:
+        """The judge's, without a look for what else is dead: that changes no latent."""
+        return self.judge.of(choice_of(chosen, self.run.operators, self.run.scores, {}).edits, self.run.fitted)

@@ -42,10 +42,15 @@ def choose(
     for quantity in targets:
         share(operators.total, operators.total, quantity)
     if selection in OBJECTIVES:
-        options = _options(operators, scores)
+        options = options_of(operators, scores)
         chosen = solve(operators, options, targets, objective=OBJECTIVES[selection], priors=priors)
     else:
         chosen = _accepted(operators, scores, targets, selection, priors)
+    return choice_of(chosen, operators, scores, targets)
+
+
+def choice_of(chosen: Chosen, operators: Operators, scores: Sequence[Score], targets: Mapping[Quantity, float]) -> Choice:
+    """The edits of a set of replacements that were scored, and what they are predicted to leave."""
     left = predict(operators, chosen)
     predicted = {quantity: share(left, operators.total, quantity) for quantity in QUANTITIES if operators.total.of(quantity)}
     return Choice(
@@ -53,6 +58,11 @@ def choose(
         predicted=predicted,
         exhausted=any(predicted[quantity] > target + 1e-9 for quantity, target in targets.items()),
     )
+
+
+def chosen_in(edits: Iterable[Edit], operators: Operators) -> Chosen:
+    """The set of replacements that edits were made of: without those of what is only dead."""
+    return {e.operator: operators[e.operator].candidate(e.replacement) for e in edits if e.reason == "chosen"}
 
 
 def reachable(
@@ -117,7 +127,7 @@ def _needed(
 
 def _ranked(operators: Operators, scores: Sequence[Score], quantities: Sequence[Quantity], selection: str) -> list[Option]:
     """What saves of the first quantity in its ranking, then what saves of the others only."""
-    options = _options(operators, scores)
+    options = options_of(operators, scores)
     ranked: list[Option] = []
     for quantity in quantities:
         seen = {option.score.key for option in ranked}
@@ -161,7 +171,8 @@ def left_without(operators: Operators, gone: Mapping[str, Cost]) -> Cost:
     return Cost(params=params, macs=macs, latency_ms=latency_ms)
 
 
-def _options(operators: Operators, scores: Sequence[Score]) -> list[Option]:
+def options_of(operators: Operators, scores: Sequence[Score]) -> list[Option]:
+    """Every replacement that has a score. Raises `RunError` where none has."""
     by_key = {entry.key: entry for entry in scores}
     pairs = [(o, c) for o, c in operators.pairs() if (o.name, c.replacement) in by_key]
     if not pairs:

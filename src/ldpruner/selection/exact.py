@@ -20,8 +20,10 @@ FUZZ = 1e-5  # grains: what meets its target to the digit is not to miss it by h
 EDIT = 1e-4  # what an edit costs beside its value, in medians of these: of sets that do alike the smaller one
 LARGEST = 1e6  # medians, above which values are not told apart
 NODES = 20_000  # of the search tree, after which the best set found is taken; a limit in seconds would give another one each time
+HOPELESS = 3.0  # times the harm of a whole set: an option that alone does more is not put into it
 
 Row = tuple[Mapping[int, float], float]  # coefficients by column, and what their sum is at most
+Keys = frozenset[tuple[str, str]]  # options, each by its operator and its replacement
 
 
 def solve(
@@ -39,15 +41,46 @@ def solve(
     not replaced beside it. Where no set meets the targets: the one that saves most. Raises `RunError` where the solver gives up.
     """
     program = _Program(options, operators)
-    rows = [*program.nesting(), *program.deaths(), *program.placing(priors, list(targets))]
-    budgets = [program.budget(quantity, target) for quantity, target in targets.items()]
+    rows = program.valid(priors, targets)
+    budgets = program.budgets(targets)
     found = program.least(program.harms(objective), [*rows, *budgets])
     if found is None:
         savings = [coefficients for coefficients, _ in budgets]
         found = program.least([sum(row.get(column, 0.0) for row in savings) * GRAIN for column in range(program.columns)], rows)
     if found is None:
         raise RunError("no set of replacements was found: the solver gave up. Choose by another selection, such as order.")
-    return {option.operator.name: option.candidate for option, taken in zip(options, found, strict=False) if taken}
+    return program.chosen(found)
+
+
+class Nearby:
+    """What `solve` finds among the sets near one that is given, again and again for other harms and another centre."""
+
+    def __init__(self, operators: Operators, options: Sequence[Option], *, priors: Priors, quantities: Iterable[Quantity]) -> None:
+        self._options = options
+        self._program = _Program(options, operators)
+        self._valid = self._program.valid(priors, quantities)
+
+    def least(
+        self,
+        harms: Mapping[tuple[str, str], float],
+        targets: Mapping[Quantity, float],
+        *,
+        centre: Keys,
+        changes: int,
+        known: Iterable[Keys] = (),
+    ) -> dict[str, Candidate] | None:
+        """Of the sets with at most so many `changes` against `centre`, the one of least harm that is not `known`.
+
+        A change puts an option in or takes one out. None where no set is left that meets the targets.
+        """
+        program = self._program
+        rows = [*self._valid, *program.budgets(targets), program.near(centre, changes)]
+        rows += [program.other_than(each) for each in known if len(each ^ centre) <= changes]
+        most = HOPELESS * sum(harms[key] for key in centre)
+        keys = [option.score.key for option in self._options]
+        rows += [({place: 1.0}, 0.0) for place, key in enumerate(keys) if key not in centre and harms[key] > most]
+        found = program.least(program.harms(Objective(value=lambda option: harms[option.score.key], power=1.0)), rows)
+        return None if found is None else program.chosen(found)
 
 
 @dataclass
@@ -69,6 +102,27 @@ class _Program:
         values = [objective.value(option) for option in self.options]
         median = float(np.median([each for each in values if each > 0] or [1.0]))
         return [min((each / median) ** objective.power, LARGEST) + EDIT for each in values] + [0.0] * len(self.mortal)
+
+    def chosen(self, taken: Sequence[bool]) -> dict[str, Candidate]:
+        return {option.operator.name: option.candidate for option, each in zip(self.options, taken, strict=False) if each}
+
+    def valid(self, priors: Priors, quantities: Iterable[Quantity]) -> list[Row]:
+        """What holds of every set, whatever it saves."""
+        return [*self.nesting(), *self.deaths(), *self.placing(priors, list(quantities))]
+
+    def budgets(self, targets: Mapping[Quantity, float]) -> list[Row]:
+        return [self.budget(quantity, target) for quantity, target in targets.items()]
+
+    def near(self, centre: Keys, changes: int) -> Row:
+        """At most so many options are taken that are not in `centre`, or left that are."""
+        return {place: -side for place, side in self._sides(centre)}, changes - float(len(centre))
+
+    def other_than(self, known: Keys) -> Row:
+        """At least one option is taken that is not in `known`, or left that is."""
+        return dict(self._sides(known)), len(known) - 1.0
+
+    def _sides(self, keys: Keys) -> Iterator[tuple[int, float]]:
+        return ((place, 1.0 if option.score.key in keys else -1.0) for place, option in enumerate(self.options))
 
     def nesting(self) -> Iterator[Row]:
         """Of the options on a path from the denoiser down to one operator, at most one is taken."""
