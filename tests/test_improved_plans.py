@@ -26,11 +26,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Run]:
     return pipeline, score(pipeline, PROBE, operators=ldm_operators(), out=tmp_path_factory.mktemp("run"))
 
 
-def test_a_sweep_improves_its_best_plan_where_together_edits_do_other_than_alone(
+def test_the_best_plan_of_a_sweep_is_improved_where_together_edits_do_other_than_alone(
     run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline, scores = run
-    plain = planning.plan(pipeline, scores, {"params": "60%"}, selection="plain-sweep").plan
+    plain = planning.plan(pipeline, scores, {"params": "60%"}, selection="sweep").plan
     clash = {edit.operator for edit in plain.edits}
 
     def harm(_: JointShift, edits: Sequence[Edit], fitted: Fitted) -> float:
@@ -38,7 +38,7 @@ def test_a_sweep_improves_its_best_plan_where_together_edits_do_other_than_alone
 
     monkeypatch.setattr(JointShift, "of", harm)
     monkeypatch.setattr(planning, "EVALUATIONS", 30)
-    improved = planning.plan(pipeline, scores, {"params": "60%"}).plan
+    improved = planning.plan(pipeline, scores, {"params": "60%"}, selection="improved").plan
     assert improved.predicted["params"] <= 0.6
     assert not clash <= {edit.operator for edit in improved.edits}
     assert improved.selection.endswith(", improved")
@@ -59,7 +59,7 @@ def test_an_improved_plan_is_improved_again_where_the_measured_latency_misses(
         return found(improver, *given, **allowed)
 
     monkeypatch.setattr(Improver, "improved", counted)
-    planned = planning.plan(pipeline, scores, {"latency": "75%"})
+    planned = planning.plan(pipeline, scores, {"latency": "75%"}, selection="improved")
     assert planned.measured is not None
     assert planned.measured.ratio.value <= 0.75
     assert planned.plan.selection.endswith(", improved")

@@ -51,7 +51,7 @@ def test_ratio_takes_the_lowest_score_per_saving() -> None:
 def test_a_sweep_goes_by_every_order_and_every_objective() -> None:
     told = [replace(entry, output_error=1.0) for entry in SCORES]
     of_score = ("order", "exact", "exact-2", "exact-3")
-    assert selections_of("sweep", SCORES) == selections_of("plain-sweep", SCORES) == of_score
+    assert selections_of("sweep", SCORES) == selections_of("improved", SCORES) == of_score
     assert set(selections_of("sweep", told)) == {f"{prefix}{name}" for prefix in ("", "error-", "both-") for name in of_score}
     assert selections_of("ratio") == ("ratio",)
     with pytest.raises(UnknownNameError, match="selection 'sweap' is unknown: did you mean sweep"):
@@ -188,10 +188,10 @@ def test_a_sweep_takes_the_plan_that_shifts_least_and_of_those_alike_the_shortes
         with pipeline.with_denoiser(pruned_view(pipeline.denoiser, plan.edits, fitted)):
             shifts.append(latent_shift(reference, pipeline.latents(judged)))
     assert max(shifts) > 1.05 * min(shifts), "else this test could not fail"
-    taken = planning.plan(pipeline, scores, budget, selection="plain-sweep", repair=repair).plan
+    taken = planning.plan(pipeline, scores, budget, selection="sweep", repair=repair).plan
     assert shifts[[plan.edits for plan in plans].index(taken.edits)] <= 1.05 * min(shifts)
     monkeypatch.setattr(planning, "ALIKE", 1e9)
-    shortest = planning.plan(pipeline, scores, budget, selection="plain-sweep", repair=repair).plan
+    shortest = planning.plan(pipeline, scores, budget, selection="sweep", repair=repair).plan
     assert len(shortest.edits) == min(len(plan.edits) for plan in plans)
 
 
@@ -200,10 +200,10 @@ def test_a_sweep_measures_the_plans_that_shift_least_before_repair(
 ) -> None:
     pipeline, scores = run
     monkeypatch.setattr(planning, "FINALISTS", 1)
-    repaired = planning.plan(pipeline, scores, {"params": "60%"}, selection="plain-sweep", repair="closed-form").plan
+    repaired = planning.plan(pipeline, scores, {"params": "60%"}, selection="sweep", repair="closed-form").plan
     monkeypatch.setattr(planning, "FINALISTS", len(selections_of("sweep", scores.scores)))
     monkeypatch.setattr(planning, "ALIKE", 1.0)
-    bare = planning.plan(pipeline, scores, {"params": "60%"}, selection="plain-sweep").plan
+    bare = planning.plan(pipeline, scores, {"params": "60%"}, selection="sweep").plan
     assert [(edit.operator, edit.replacement) for edit in repaired.edits] == [(e.operator, e.replacement) for e in bare.edits]
 
 

@@ -21,7 +21,19 @@ from ldpruner.recovery.activations import fitting_calls
 from ldpruner.recovery.closed_form import repair as fit_together
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.scoring import Run
-from ldpruner.selection import SWEEP, Choice, Priors, choice_of, choose, chosen_in, predict_edits, reachable, selections_of, share
+from ldpruner.selection import (
+    IMPROVED,
+    SWEEP,
+    Choice,
+    Priors,
+    choice_of,
+    choose,
+    chosen_in,
+    predict_edits,
+    reachable,
+    selections_of,
+    share,
+)
 from ldpruner.selection.choice import FREE, Chosen
 from ldpruner.selection.exact import Keys
 from ldpruner.surgery import pruned_view
@@ -66,7 +78,8 @@ def plan(
     `selection` names a ranking or an objective, or `sweep`: a plan by each. Of these the three with the least joint latent
     shift are measured, and the one that shifts least then (after repair, where that is wanted) is taken; of those that shift
     alike the one with the fewest edits, which leaves the least to recover. Scores are taken one operator at a time and do not
-    tell which plan is best together; a generation by each does, and costs next to nothing.
+    tell which plan is best together; a generation by each does, and costs next to nothing. `improved` changes the best of the
+    sweep's plans further, see `improving`, at some hundred generations more; it competes with the others.
 
     MACs and parameters are counted. Latency is predicted from the operators' times, as plans that were measured on this device
     correct them, then measured on the pruned denoiser (`rounds` pairs of calls), and the prediction's target moved until the
@@ -104,7 +117,7 @@ def plan(
     samples = max(run.probe.samples, JUDGED_ON)
     judge = JointShift.on(pipeline, run.probe, samples=samples, seed=run.probe.seed + APART, batch_size=batch_size)
     searches = _sorted(searches, targets, judge, run)
-    if selection == SWEEP:
+    if selection == IMPROVED:
         searches.insert(0, _Improving.of(searches[0], targets, batch_size))
     return _least_shifting(_held(searches, targets), pipeline, run, judge, batch_size)
 

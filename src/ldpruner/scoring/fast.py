@@ -51,7 +51,7 @@ class FastScorer(Scorer):
     """
 
     budgeted: ClassVar[bool] = True
-    few: int = 4
+    few: int = 8
     timesteps: int = 4
     projections: int = 2
     allowance: float = 36.0

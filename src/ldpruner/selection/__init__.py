@@ -2,12 +2,12 @@
 
 from ldpruner.selection.choice import Choice, choice_of, choose, chosen_in, options_of, predict, predict_edits, reachable, share
 from ldpruner.selection.priors import Priors
-from ldpruner.selection.rankings import OBJECTIVES, PLAIN_SWEEP, RANKINGS, SWEEP, Option, selections_of
+from ldpruner.selection.rankings import IMPROVED, OBJECTIVES, RANKINGS, SWEEP, Option, selections_of
 from ldpruner.selection.tables import Row, price_table, priced
 
 __all__ = [
+    "IMPROVED",
     "OBJECTIVES",
-    "PLAIN_SWEEP",
     "RANKINGS",
     "SWEEP",
     "Choice",

@@ -86,17 +86,17 @@ for _prefix, _value in {"": shift, "error-": error, "both-": both}.items():
     for _name, _power in {"exact": 1.0, "exact-2": 2.0, "exact-3": 3.0}.items():
         OBJECTIVES.register(f"{_prefix}{_name}")(Objective(value=_value, power=_power))
 
-PLAIN_SWEEP = "plain-sweep"  # a plan by every objective and every order; the one with the least joint latent shift is taken
-SWEEP = "sweep"  # the same, and that plan improved, see `improving`
+SWEEP = "sweep"  # a plan by every objective and every order; the one with the least joint latent shift is taken
+IMPROVED = "improved"  # the same, and that plan improved, see `improving`
 
 
 def selections_of(selection: str, scores: Iterable[Score] = ()) -> tuple[str, ...]:
     """What a selection tries on scores. Raises `UnknownNameError` with the nearest known name."""
-    if selection in (SWEEP, PLAIN_SWEEP):
+    if selection in (SWEEP, IMPROVED):
         whole = all(entry.output_error is not None for entry in scores)
         names = [name for name in RANKINGS if name.endswith("order")] + list(OBJECTIVES)
         return tuple(name for name in names if whole or not name.startswith(SECOND))
     known = [*RANKINGS, *OBJECTIVES]
     if selection not in known:
-        raise UnknownNameError(f"selection {selection!r} is unknown: {suggest(selection, [*known, SWEEP, PLAIN_SWEEP])}")
+        raise UnknownNameError(f"selection {selection!r} is unknown: {suggest(selection, [*known, SWEEP, IMPROVED])}")
     return (selection,)

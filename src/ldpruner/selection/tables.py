@@ -12,7 +12,7 @@ from ldpruner.plans import Edit, Operators, Quantity, Score
 from ldpruner.runs import Scored
 from ldpruner.selection.choice import FREE, choose
 from ldpruner.selection.priors import Priors
-from ldpruner.selection.rankings import SWEEP, selections_of
+from ldpruner.selection.rankings import IMPROVED, SWEEP, selections_of
 
 SHIFTS = ("fast", "paper")  # the methods whose scores are latent shifts
 SELECTION = "exact-2"  # the least `joint_shift` that a budget allows
@@ -56,9 +56,9 @@ def price_table(
     model, so a plan may hold a few edits more, and its latency is measured where this one is predicted. Raises `RunError` where
     scores are missing, `BudgetError` where the quantity was not measured or a share is none.
     """
-    if selection == SWEEP:
+    if selection in (SWEEP, IMPROVED):
         raise UnknownNameError(
-            f"selection {SWEEP!r} generates with each plan, and a table needs no model: name one, say {SELECTION}."
+            f"selection {selection!r} generates with each plan, and a table needs no model: name one, say {SELECTION}."
         )
     selections_of(selection)
     for share in shares:
