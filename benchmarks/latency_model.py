@@ -20,12 +20,10 @@ from typing import Any
 import torch
 
 import ldpruner
-from ldpruner.calibration import CALIBRATING, CALIBRATION_ROUNDS, calibrate, measure
+from ldpruner.calibration import CALIBRATING, ROUNDS, Bench
 from ldpruner.environment import environment
-from ldpruner.latencies import Readings, random_plans, timed
+from ldpruner.latencies import Readings, Times, random_plans
 from ldpruner.operators.discovery import DeadCode
-from ldpruner.plans import Edit, Operators
-from ldpruner.selection import predict_edits, share
 
 
 def main() -> None:
@@ -35,20 +33,22 @@ def main() -> None:
     call = pipeline.call(ldpruner.Probe())
     operators = ldpruner.discover(pipeline.denoiser, call)
     dead_code = DeadCode(pipeline.denoiser, call, operators)
+    bench = Bench.of(pipeline, call, operators, dead_code, readings=Readings())
 
-    began, readings = time.perf_counter(), Readings()
-    calibrate(readings, pipeline, call, operators, dead_code, count=options.calibration)
+    began = time.perf_counter()
+    bench.calibrate(count=options.calibration)
     took = time.perf_counter() - began
-    corrected = timed(operators, readings.held)
+    times = bench.times()
 
     plans = []
     for drawn in random_plans(operators, options.plans, seed=options.seed):
         edits = dead_code.completed(drawn)
-        taken = [measure(pipeline, call, edits, rounds=options.rounds).value for _ in range(2)]
-        plans.append(compared(latency(operators, edits), latency(corrected, edits), taken) | {"edits": len(edits)})
+        taken = [bench.measure(edits, rounds=options.rounds).value for _ in range(2)]
+        by_hooks = Times(operators=operators).latency(edits, {})
+        plans.append(compared(by_hooks, times.latency(edits, bench.relaid(edits)), taken) | {"edits": len(edits)})
     result = {
         "model": options.model,
-        "calibration": {"plans": len(readings.held), "rounds": CALIBRATION_ROUNDS, "seconds": took},
+        "calibration": {"plans": len(bench.readings.held), "rounds": ROUNDS, "seconds": took},
         "rounds": options.rounds,
         "errors": {name: summary([plan[name] for plan in plans]) for name in ("error_of_hooks", "error", "repeat")},
         "plans": plans,
@@ -56,11 +56,6 @@ def main() -> None:
     }
     json.dump(result, sys.stdout, indent=2)
     print()
-
-
-def latency(operators: Operators, edits: Sequence[Edit]) -> float:
-    """What the operators' times say is left."""
-    return share(predict_edits(operators, edits), operators.total, "latency")
 
 
 def compared(by_hooks: float, predicted: float, taken: Sequence[float]) -> dict[str, Any]:

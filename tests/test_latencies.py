@@ -14,14 +14,15 @@ import pytest
 
 from conftest import PROBE
 from invented import operator, operators
-from ldpruner.calibration import calibrate, readings_on
-from ldpruner.latencies import DEAD, LEAST, MOST, Reading, Readings, random_plans, timed
+from ldpruner.calibration import Bench, readings_on
+from ldpruner.latencies import DEAD, LEAST, MOST, Reading, Readings, learned, random_plans
 from ldpruner.operators.discovery import DeadCode
+from ldpruner.operators.layouts import layouts, relaid
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Operators
 from ldpruner.record import Measurement
 from ldpruner.selection import predict_edits
-from ldpruner.surgery import check_edits
+from ldpruner.surgery import check_edits, pruned_view
 
 
 def reading(ratio: float, *edits: tuple[str, str], spread: float = 0.0) -> Reading:
@@ -31,6 +32,10 @@ def reading(ratio: float, *edits: tuple[str, str], spread: float = 0.0) -> Readi
 def of_kinds(*kinds: str, ms: float = 10.0) -> Operators:
     """As many operators as kinds, named after their places."""
     return operators(*(replace(operator(f"o{place}", ms, "identity"), kind=kind) for place, kind in enumerate(kinds)))
+
+
+def timed(given: Operators, readings: Sequence[Reading]) -> Operators:
+    return learned(given, readings).operators
 
 
 def ms(given: Operators, name: str) -> float:
@@ -44,8 +49,8 @@ def test_readings_survive_a_trip_through_json() -> None:
 
 def test_a_reading_tells_what_was_chosen_from_what_died() -> None:
     edits = [Edit(operator="a", replacement="zero", options={}), Edit(operator="b", replacement="zero", options={}, reason="dead")]
-    taken = Reading.of(edits, Measurement(value=0.6, unit="", n=9, spread=0.1, how=""))
-    assert taken == Reading(edits=(("a", "zero"), ("b", DEAD)), ratio=0.6, pairs=9, spread=0.1)
+    taken = Reading.of(edits, Measurement(value=0.6, unit="", n=9, spread=0.1, how=""), {"c": True})
+    assert taken == Reading(edits=(("a", "zero"), ("b", DEAD)), relaid=(("c", True),), ratio=0.6, pairs=9, spread=0.1)
 
 
 def test_without_readings_nothing_is_changed() -> None:
@@ -99,6 +104,18 @@ def test_a_stand_in_that_keeps_a_child_takes_what_the_child_takes() -> None:
     assert found["block"].candidates[0].cost.latency_ms >= ms(found, "block.child") > 12
 
 
+def test_what_other_layouts_change_of_what_stays_is_learned_beside() -> None:
+    given = of_kinds("Conv2d", "Conv2d", "Attention")
+    removed = [Edit(operator="o2", replacement="identity", options={})]
+    quiet = Measurement(value=0.9, unit="", n=31, spread=0.0, how="")
+    with_layouts = Reading.of(removed, replace(quiet, value=0.86), {"o0": True, "o1": True, "somewhere": True})
+    times = learned(given, [Reading.of(removed, quiet, {}), with_layouts] * 20)
+    assert times.latency(removed, {}) == pytest.approx(0.9, abs=0.002)
+    assert times.latency(removed, {"o0": True, "o1": True}) == pytest.approx(0.86, abs=0.002)
+    assert times.latency(removed, {"o1": True}) == pytest.approx(0.88, abs=0.002), "those of a kind alike"
+    assert times.latency(removed, {"o1": False}) == pytest.approx(0.92, abs=0.002)
+
+
 class Machine:
     """Takes for every kind another multiple of what hooks say, and something for every stand-in."""
 
@@ -121,7 +138,7 @@ class Machine:
 
     def read(self, edits: Sequence[Edit]) -> Reading:
         off = self.noise.gauss(1.0, 0.01)
-        return Reading.of(edits, Measurement(value=off * self.latency(edits), unit="", n=15, spread=0.04, how="invented"))
+        return Reading.of(edits, Measurement(value=off * self.latency(edits), unit="", n=15, spread=0.04, how="invented"), {})
 
 
 def test_sixteen_random_plans_teach_what_other_plans_take() -> None:
@@ -151,6 +168,19 @@ def test_random_plans_are_drawn_alike_and_fill_the_range() -> None:
 def test_random_plans_run(ldm: Pipeline, operators: Operators) -> None:
     for edits in random_plans(operators, 4):
         check_edits(ldm.denoiser, edits, ldm.call(PROBE))
+
+
+def test_what_comes_after_an_attention_that_goes_is_laid_otherwise(ldm: Pipeline, operators: Operators) -> None:
+    call = ldm.call(PROBE)
+    before = layouts(ldm.denoiser, call)
+    assert before["conv_in"], "contiguous, as the latents are given"
+    attention = next(o for o in operators.operators if o.kind == "Attention")
+    edits = [Edit(operator=attention.name, replacement="identity", options=attention.candidate("identity").options)]
+    changed = relaid(before, layouts(pruned_view(ldm.denoiser, edits, {}), call))
+    assert changed
+    assert all(now and not before[module] for module, now in changed.items())
+    assert relaid(before, before) == {}
+    assert relaid({"a": True}, {"a": True, "new": False}) == {}
 
 
 def test_readings_are_kept_by_place_and_found_again(tmp_path: Path) -> None:
@@ -201,7 +231,8 @@ def calibrated(ldm: Pipeline, operators: Operators) -> Callable[[int], Readings]
 
     def run(count: int) -> Readings:
         readings = readings_on(ldm, call, operators)
-        calibrate(readings, ldm, call, operators, DeadCode(ldm.denoiser, call, operators), count=count, rounds=2)
+        bench = Bench.of(ldm, call, operators, DeadCode(ldm.denoiser, call, operators), readings=readings)
+        bench.calibrate(count=count, rounds=2)
         return readings
 
     return run
@@ -213,7 +244,7 @@ def test_calibration_measures_what_is_lacking_and_says_so(
     caplog.set_level(logging.INFO)
     first = calibrated(3)
     assert len(first.held) == 3
-    assert "3 random plans are measured: this device has 0 of the 3 readings that correct times" in caplog.text
+    assert "3 random plans are measured: of 3 readings that correct times, this device has 0" in caplog.text
     assert [path.parent.name for path in own_cache.rglob("*.jsonl")] == ["latencies"]
     caplog.clear()
     assert calibrated(3).held == first.held

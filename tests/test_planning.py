@@ -305,7 +305,7 @@ def test_random_plans_that_were_measured_make_the_prediction_right_and_spare_att
     pipeline, scores = run[0], timed_by_macs(run[1])
     machine = Misjudged(scores.operators)
     monkeypatch.setattr(planning._Search, "_measure", machine.measure)
-    monkeypatch.setattr(calibration, "measure", lambda pipeline, call, edits, rounds: machine.read(edits))
+    monkeypatch.setattr(calibration.Bench, "measure", lambda _, edits, rounds: machine.read(edits))
     asked, off = [], []
     for count in (0, 16):
         shutil.rmtree(own_cache, ignore_errors=True)

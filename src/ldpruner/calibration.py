@@ -1,15 +1,17 @@
-"""Random plans, measured where nothing is known yet of how long plans take on this device."""
+"""Where plans of one denoiser are measured on one device, and their latency is predicted from all that was read there."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from ldpruner.benchmarking import compare_calls
 from ldpruner.environment import environment
 from ldpruner.fitting import blank
-from ldpruner.latencies import Reading, Readings, random_plans
+from ldpruner.latencies import Reading, Readings, Times, learned, random_plans
 from ldpruner.operators.discovery import DeadCode
+from ldpruner.operators.layouts import layouts, relaid
 from ldpruner.operators.tracing import Call, tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Operators, Repairing, corrected
@@ -19,7 +21,69 @@ from ldpruner.surgery import pruned_view
 log = logging.getLogger(__name__)
 
 CALIBRATING = 16  # readings below which random plans are measured before any is chosen
-CALIBRATION_ROUNDS = 15  # pairs of calls of each of these
+ROUNDS = 15  # pairs of calls of each of these
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """A denoiser, the call that is timed, and the readings until now."""
+
+    pipeline: Pipeline
+    call: Call
+    operators: Operators
+    dead_code: DeadCode
+    readings: Readings
+    laid: dict[str, bool]  # see `operators.layouts`, of the original
+    repair: Repairing = "none"
+
+    @classmethod
+    def of(
+        cls,
+        pipeline: Pipeline,
+        call: Call,
+        operators: Operators,
+        dead_code: DeadCode,
+        *,
+        readings: Readings,
+        repair: Repairing = "none",
+    ) -> Bench:
+        laid = layouts(pipeline.denoiser, call)
+        return cls(
+            pipeline=pipeline,
+            call=call,
+            operators=operators,
+            dead_code=dead_code,
+            readings=readings,
+            laid=laid,
+            repair=repair,
+        )
+
+    def calibrate(self, *, count: int | None = None, rounds: int | None = None) -> None:
+        """Measure random plans until there are `count` readings, `CALIBRATING` by default."""
+        held, wanted = len(self.readings.held), CALIBRATING if count is None else count
+        if held >= wanted:
+            return
+        log.info("%d random plans are measured: of %d readings that correct times, this device has %d", wanted - held, wanted, held)
+        for drawn in list(random_plans(self.operators, wanted))[held:]:
+            edits = fillable(self.dead_code.completed(drawn), self.operators, self.repair)
+            self.add(edits, self.measure(edits, rounds=rounds or ROUNDS))
+
+    def measure(self, edits: Sequence[Edit], *, rounds: int) -> Measurement:
+        """The latency of edits, pruned / original. Their maps hold zeros: what they hold changes no time."""
+        pruned = pruned_view(self.pipeline.denoiser, edits, blank(edits))
+        return compare_calls(self.pipeline.denoiser, pruned, self.call, rounds=rounds).ratio
+
+    def add(self, edits: Sequence[Edit], measured: Measurement) -> None:
+        """Hold, and keep, one reading more."""
+        self.readings.add(Reading.of(edits, measured, self.relaid(edits)))
+
+    def times(self) -> Times:
+        """The times that all readings until now explain best."""
+        return learned(self.operators, self.readings.held)
+
+    def relaid(self, edits: Sequence[Edit]) -> dict[str, bool]:
+        """The modules that stay and get tensors that lie otherwise in memory; from one call of the pruned denoiser."""
+        return relaid(self.laid, layouts(pruned_view(self.pipeline.denoiser, edits, blank(edits)), self.call))
 
 
 def readings_on(pipeline: Pipeline, call: Call, operators: Operators, repair: Repairing = "none") -> Readings:
@@ -28,33 +92,6 @@ def readings_on(pipeline: Pipeline, call: Call, operators: Operators, repair: Re
     shapes = [list(tensor.shape) for tensor in tensors_in((call.args, call.kwargs))]
     same = {key: where[key] for key in ("device", "threads", "dtype", "torch", "diffusers")}
     return Readings.kept({"architecture": operators.model, **same, "inputs": shapes, "repair": repair})
-
-
-def calibrate(
-    readings: Readings,
-    pipeline: Pipeline,
-    call: Call,
-    operators: Operators,
-    dead_code: DeadCode,
-    *,
-    repair: Repairing = "none",
-    count: int | None = None,
-    rounds: int | None = None,
-) -> None:
-    """Measure random plans until there are `count` readings, `CALIBRATING` by default."""
-    held, wanted = len(readings.held), CALIBRATING if count is None else count
-    if held >= wanted:
-        return
-    log.info("%d random plans are measured: this device has %d of the %d readings that correct times", wanted - held, held, wanted)
-    for drawn in list(random_plans(operators, wanted))[held:]:
-        edits = fillable(dead_code.completed(drawn), operators, repair)
-        readings.add(Reading.of(edits, measure(pipeline, call, edits, rounds=rounds or CALIBRATION_ROUNDS)))
-
-
-def measure(pipeline: Pipeline, call: Call, edits: Sequence[Edit], *, rounds: int) -> Measurement:
-    """The latency of edits, pruned / original. Their maps hold zeros: what fits them takes longer than to measure them."""
-    pruned = pruned_view(pipeline.denoiser, edits, blank(edits))
-    return compare_calls(pipeline.denoiser, pruned, call, rounds=rounds).ratio
 
 
 def fillable(edits: tuple[Edit, ...], operators: Operators, repair: Repairing) -> tuple[Edit, ...]:

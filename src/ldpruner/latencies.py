@@ -2,7 +2,8 @@
 
 Hooks time modules one by one, and misjudge some kinds of them: what a plan saves is then off by several percent. What plans
 were measured to save corrects the times: a plan's saving is the sum of what its operators spend, less what their stand-ins do,
-so that measured plans are the rows of a linear regression on the times, and the hooks' times are where it starts from.
+so that measured plans are the rows of a linear regression on the times, and the hooks' times are where it starts from. What stays
+may take another time too, where its tensors come to lie otherwise in memory (see `operators.layouts`): that is learned beside.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ldpruner.errors import ArtifactError
 from ldpruner.files import append_json_line, cache_folder, read_json_lines
 from ldpruner.plans import Candidate, Edit, Operator, Operators, Score, within
 from ldpruner.record import Measurement
-from ldpruner.selection.choice import choose
+from ldpruner.selection.choice import choose, predict_edits, share
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +35,7 @@ WHOLE = 0.1  # share by which all times are off alike
 KIND = 0.3  # share by which those of one kind are, beside that
 OWN = 0.3  # and each operator's, beside that
 STAND_IN = 0.25  # of the mean own time: what every stand-in takes that hooks do not see
-MISFIT = 0.02  # share of a plan's time that neither a sum of times nor the spread of its own readings can tell
+MISFIT = 0.01  # share of a plan's time that neither a sum of times nor the spread of its own readings can tell
 
 LEAST, MOST = 0.4, 0.95  # predicted latency of random plans
 SPREAD = 1.253 / 1.349  # standard error of a median, times the root of n, to the interquartile range, of normal readings
@@ -45,14 +46,15 @@ class Reading:
     """The latency of a plan, pruned / original: the median of `pairs` pairs of calls, and their interquartile range."""
 
     edits: tuple[tuple[str, str], ...]  # operators with their replacement, or with `DEAD`
+    relaid: tuple[tuple[str, bool], ...] = ()  # modules whose input lies otherwise than before, and whether it is contiguous now
     ratio: float
     pairs: int
     spread: float
 
     @classmethod
-    def of(cls, edits: Iterable[Edit], measured: Measurement) -> Reading:
-        pairs = tuple((edit.operator, DEAD if edit.reason == "dead" else edit.replacement) for edit in edits)
-        return cls(edits=pairs, ratio=measured.value, pairs=measured.n, spread=measured.spread)
+    def of(cls, edits: Iterable[Edit], measured: Measurement, relaid: Mapping[str, bool]) -> Reading:
+        made = tuple((edit.operator, DEAD if edit.reason == "dead" else edit.replacement) for edit in edits)
+        return cls(edits=made, relaid=tuple(relaid.items()), ratio=measured.value, pairs=measured.n, spread=measured.spread)
 
     @property
     def variance(self) -> float:
@@ -65,7 +67,9 @@ class Reading:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Reading:
         edits = tuple((str(operator), str(replacement)) for operator, replacement in data["edits"])
-        return cls(edits=edits, ratio=float(data["ratio"]), pairs=int(data["pairs"]), spread=float(data["spread"]))
+        relaid = tuple((str(module), bool(now)) for module, now in data["relaid"])
+        ratio, pairs, spread = float(data["ratio"]), int(data["pairs"]), float(data["spread"])
+        return cls(edits=edits, relaid=relaid, ratio=ratio, pairs=pairs, spread=spread)
 
 
 @dataclass
@@ -113,8 +117,22 @@ def random_plans(operators: Operators, count: int, seed: int = 0) -> Iterator[tu
         yield choose(operators, scores, {"latency": target}, selection="order").edits
 
 
-def timed(operators: Operators, readings: Sequence[Reading]) -> Operators:
-    """The same operators with the times, of them and of their stand-ins, that explain what was measured.
+@dataclass(frozen=True, kw_only=True)
+class Times:
+    """Operators with the times that readings explain, and what other layouts change of them."""
+
+    operators: Operators
+    contiguous_ms: Mapping[str, float] = field(default_factory=dict)  # saved where an operator's input becomes contiguous
+
+    def latency(self, edits: Iterable[Edit], relaid: Mapping[str, bool]) -> float:
+        """The predicted share of the original's latency that is left, with modules `relaid`."""
+        saved = sum(self.contiguous_ms.get(module, 0.0) * (1 if now else -1) for module, now in relaid.items())
+        total = self.operators.total
+        return share(predict_edits(self.operators, edits), total, "latency") - saved / total.latency_ms
+
+
+def learned(operators: Operators, readings: Sequence[Reading]) -> Times:
+    """The times, of operators and of their stand-ins, that explain what was measured.
 
     Bayesian linear regression in closed form: times are normal about the hooks' with covariance K (see `_Parts`), and measured
     savings normal about the sums of times. Times add up as before: that of a block is that of its parts and of its own. Readings
@@ -124,16 +142,16 @@ def timed(operators: Operators, readings: Sequence[Reading]) -> Operators:
     parts = _Parts(operators)
     told = [reading for reading in readings if parts.know(reading)]
     if not told or not operators.total.latency_ms:
-        return operators
+        return Times(operators=operators)
     rows = np.array([parts.row(reading) for reading in told])
     savings = np.array([1 - reading.ratio for reading in told])
     noise = np.diag([reading.variance for reading in told])
-    covariance, free = parts.covariance(), np.ones(len(parts.shares), dtype=bool)
+    covariance, free = parts.covariance(), np.ones(len(parts.kinds), dtype=bool)
     while True:
-        found = _explaining(parts.shares * free, covariance * np.outer(free, free), rows, savings, noise)
-        if (found >= 0).all():
-            return parts.operators_with(found)
-        free &= found > 0
+        found = _explaining(parts.means * free, covariance * np.outer(free, free), rows, savings, noise)
+        if (found[~parts.of_layouts] >= 0).all():
+            return parts.times(found)
+        free &= (found > 0) | parts.of_layouts
 
 
 def _explaining(mean: Any, covariance: Any, rows: Any, savings: Any, noise: Any) -> Any:
@@ -144,22 +162,30 @@ def _explaining(mean: Any, covariance: Any, rows: Any, savings: Any, noise: Any)
 
 
 class _Parts:
-    """What a call's time is made of, as shares of it: what each operator spends outside of those in it, and each stand-in.
+    """What a call's time is made of, as shares of it: what each operator spends outside of those in it, each stand-in, and what
+    each operator saves where its input becomes contiguous.
 
-    Of two parts with the shares a and b, times covary by WHOLE² ab, where they are of one kind by KIND² ab more, and the time of
-    one part varies by OWN² a² more: hooks may misjudge all, a kind, or one. Kinds of operators are their classes, of stand-ins
-    their names. Times of stand-ins covary by (STAND_IN × the mean share)² besides: a call of each.
+    Of two parts of the sizes a and b, times covary by WHOLE² ab, where they are of one kind by KIND² ab more, and the time of one
+    part varies by OWN² a² more: hooks may misjudge all, a kind, or one. Kinds of operators are their classes, of stand-ins their
+    names. Times of stand-ins covary by (STAND_IN × the mean size)² besides: a call of each. What a layout saves is nothing, until
+    readings tell, and covaries as the times of the operators do, and not with them.
     """
 
     def __init__(self, operators: Operators) -> None:
         self.operators = operators
         names = [operator.name for operator in operators.operators]
+        pairs = operators.pairs()
         self.places = {name: place for place, name in enumerate(names)}
         self.inside = {name: [place for place, other in enumerate(names) if within(other, name)] for name in names}
-        self.stand_ins = {(o.name, c.replacement): len(names) + number for number, (o, c) in enumerate(operators.pairs())}
-        self.kinds = [operator.kind for operator in operators.operators] + [f"-> {name}" for _, name in self.stand_ins]
-        whole = operators.total.latency_ms or math.inf
-        self.shares = np.array([*self._own(), *(self._own_of(o, c) for o, c in operators.pairs())]) / whole
+        self.stand_ins = {(o.name, c.replacement): len(names) + number for number, (o, c) in enumerate(pairs)}
+        classes = [operator.kind for operator in operators.operators]
+        self.kinds = np.array(
+            [*classes, *(f"-> {c.replacement}" for _, c in pairs), *(f"{kind}, laid otherwise" for kind in classes)]
+        )
+        own = self._own()
+        self.sizes = np.array([*own, *(self._own_of(o, c) for o, c in pairs), *own]) / (operators.total.latency_ms or math.inf)
+        self.of_layouts = np.arange(len(self.kinds)) >= len(names) + len(pairs)
+        self.means = np.where(self.of_layouts, 0.0, self.sizes)
 
     def _own(self) -> list[float]:
         """Milliseconds of each operator outside of the operators in it."""
@@ -184,6 +210,9 @@ class _Parts:
     def row(self, reading: Reading) -> Any:
         """How often the time of each part is saved: once where it is gone, -1 times where it came."""
         counted = np.zeros(len(self.kinds))
+        for module, now in reading.relaid:
+            if module in self.places:
+                counted[self.places[module] - len(self.places)] = 1 if now else -1
         for name, replacement in reading.edits:
             counted[self.inside[name]] += 1
             if replacement != DEAD:
@@ -193,17 +222,20 @@ class _Parts:
         return counted
 
     def covariance(self) -> Any:
-        kinds = np.array(self.kinds)
-        alike = kinds[:, None] == kinds[None, :]
-        products = np.outer(self.shares, self.shares)
-        mean, stands_in = self.shares[: len(self.places)].mean(), np.arange(len(kinds)) >= len(self.places)
-        calls = (STAND_IN * mean) ** 2 * np.outer(stands_in, stands_in)
-        return products * (WHOLE**2 + KIND**2 * alike) + calls + np.diag((OWN * self.shares) ** 2)
+        alike = self.kinds[:, None] == self.kinds[None, :]
+        together = self.of_layouts[:, None] == self.of_layouts[None, :]
+        stands_in = np.isin(np.arange(len(self.kinds)), list(self.stand_ins.values()))
+        call = STAND_IN * self.sizes[: len(self.places)].mean()
+        spread = np.outer(self.sizes, self.sizes) * (WHOLE**2 * together + KIND**2 * alike) + np.diag((OWN * self.sizes) ** 2)
+        return spread + call**2 * np.outer(stands_in, stands_in)
 
-    def operators_with(self, shares: Any) -> Operators:
-        """The operators with other shares of the whole call's time."""
+    def times(self, shares: Any) -> Times:
+        """What shares of the whole call's time come to."""
         taken = shares * self.operators.total.latency_ms
+        contiguous = {name: float(taken[place - len(self.places)]) for name, place in self.places.items()}
+        return Times(operators=self._operators_with(taken), contiguous_ms=contiguous)
 
+    def _operators_with(self, taken: Any) -> Operators:
         def with_time(operator: Operator) -> Operator:
             candidates = tuple(_costing(each, self._time(operator.name, each, taken)) for each in operator.candidates)
             costing: Operator = _costing(operator, taken[self.inside[operator.name]].sum())

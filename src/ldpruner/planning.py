@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from ldpruner.benchmarking import Comparison, compare_calls
-from ldpruner.calibration import calibrate, fillable, readings_on
+from ldpruner.calibration import Bench, fillable, readings_on
 from ldpruner.errors import BudgetError
 from ldpruner.improving import Improver
 from ldpruner.judging import JointShift
-from ldpruner.latencies import Reading, Readings, timed
+from ldpruner.latencies import Times
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
@@ -95,10 +96,11 @@ def plan(
     targets: Targets = {b.quantity: b.share(run.operators.total) for b in budgets}
     call = pipeline.call(run.probe)
     dead_code = DeadCode(pipeline.denoiser, call, run.operators)
-    readings = Readings()
+    bench = None
     if "latency" in targets:
         readings = readings_on(pipeline, call, run.operators, repair)
-        calibrate(readings, pipeline, call, run.operators, dead_code, repair=repair)
+        bench = Bench.of(pipeline, call, run.operators, dead_code, readings=readings, repair=repair)
+        bench.calibrate()
     search = _Search(
         pipeline=pipeline,
         call=call,
@@ -109,7 +111,7 @@ def plan(
         priors=priors,
         repair=repair,
         rounds=rounds,
-        readings=readings,
+        bench=bench,
     )
     searches = [replace(search, selection=name) for name in selections_of(selection, scores)]
     if len(searches) == 1:
@@ -187,7 +189,8 @@ class _Search:
     priors: Priors
     repair: Repairing
     rounds: int
-    readings: Readings = field(default_factory=Readings)
+    bench: Bench | None = None  # where latency is among the targets
+    times: Times | None = None  # that predict it
     seen: list[Planned] = field(default_factory=list)  # measured before, by searches that share the list too
 
     @property
@@ -199,7 +202,10 @@ class _Search:
 
     def timed(self) -> _Search:
         """The same search, with times of operators as all readings until now correct them."""
-        return replace(self, run=replace(self.run, operators=timed(self.run.operators, self.readings.held)))
+        if self.bench is None:
+            return self
+        times = self.bench.times()
+        return replace(self, times=times, run=replace(self.run, operators=times.operators))
 
     def predicted(self, targets: Targets) -> Plan:
         """The plan that is predicted to meet the targets; nothing is measured."""
@@ -223,7 +229,7 @@ class _Search:
         aims = [1.0, *reachable(self.run.operators, self.run.scores, "latency", selection=self.selection, priors=self.priors)]
         too_slow, fast_enough, step = -1, len(aims), 1
         best: Planned | None = None
-        place, tries = _first(aims, limit), 0
+        place, tries = self._predicted_place(aims, targets), 0
         while fast_enough - too_slow > 1 and (best is None or tries < attempts):
             choice, tries = self._choose({**targets, "latency": aims[place]}), tries + 1
             tried = self._try(choice, limit)
@@ -244,6 +250,18 @@ class _Search:
             return self._everything(targets)
         above = aims[fast_enough - 1] if fast_enough else 1.0
         return self._given_back(best, targets, (aims[fast_enough], above))
+
+    def _predicted_place(self, aims: Sequence[float], targets: Targets) -> int:
+        """The place of the first choice whose whole plan is predicted within the limit, found by halves; the last where none is.
+
+        A whole plan is without what died jointly, and what stays may get tensors that lie otherwise: a choice does not tell.
+        """
+
+        def holds(place: int) -> bool:
+            choice = self._choose({**targets, "latency": aims[place]})
+            return self._plan(choice).predicted["latency"] <= targets["latency"]
+
+        return min(bisect_left(range(len(aims)), True, key=holds), len(aims) - 1)
 
     def _given_back(self, best: Planned, targets: Targets, span: tuple[float, float]) -> Planned:
         """A plan with less removed that is still fast enough, where the choice just above it is too slow for `best` to grow.
@@ -296,14 +314,17 @@ class _Search:
         return choose(self.run.operators, self.run.scores, targets, selection=self.selection, priors=self.priors)
 
     def _plan(self, choice: Choice) -> Plan:
-        edits = self.dead_code.completed(choice.edits)
+        edits = fillable(self.dead_code.completed(choice.edits), self.run.operators, self.repair)
         left, total = predict_edits(self.run.operators, edits), self.run.operators.total
+        predicted = {str(quantity): share(left, total, quantity) for quantity in choice.predicted}
+        if self.bench is not None and self.times is not None:
+            predicted["latency"] = self.times.latency(edits, self.bench.relaid(edits))
         return Plan(
             model=self.run.operators.model,
             denoiser=self.run.operators.denoiser,
-            edits=fillable(edits, self.run.operators, self.repair),
+            edits=edits,
             budgets=self.budgets,
-            predicted={str(quantity): share(left, total, quantity) for quantity in choice.predicted},
+            predicted=predicted,
             probe=self.run.probe,
             selection="/".join(filter(None, (self.run.method, self.name, str(self.priors)))),
             repair=self.repair,
@@ -312,7 +333,8 @@ class _Search:
     def _read(self, made: Plan) -> Comparison:
         """A measurement, from which the searches after this one learn."""
         comparison = self._measure(made)
-        self.readings.add(Reading.of(made.edits, comparison.ratio))
+        if self.bench is not None:
+            self.bench.add(made.edits, comparison.ratio)
         return comparison
 
     def _measure(self, made: Plan) -> Comparison:
