@@ -70,8 +70,8 @@ choosing = stacked(
         show_default=True,
         help="By what operators are chosen: order (lowest score first), ratio (lowest score per saving first), exact (the least "
         "sum of scores that meets the budget), exact-2, exact-3 (of their squares, cubes); the same after error- (by the output's "
-        "error) or both- (by the mean of the two); or sweep: a plan by each order and exact sum, of which the one that shifts "
-        "latents least is taken.",
+        "error) or both- (by the mean of the two); plain-sweep: a plan by each order and exact sum, of which the one that "
+        "shifts latents least is taken; or sweep: that plan with edits exchanged, measured together, as long as it shifts less.",
     ),
     click.option("--protect-ends", default=0, show_default=True, help="Blocks at each end of every stage that stay whole."),
     click.option("--stage-cap", default=1.0, show_default=True, help="The most that may go of a stage, as a share of its cost."),

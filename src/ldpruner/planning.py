@@ -61,10 +61,11 @@ def plan(
 ) -> Planned:
     """Choose edits from the scores of `run` so that every budget holds.
 
-    `selection` names a ranking or an objective, or `sweep`: a plan by each. Of these the three with the least joint latent
-    shift are measured, and the one that shifts least then (after repair, where that is wanted) is taken; of those that shift
-    alike the one with the fewest edits, which leaves the least to recover. Scores are taken one operator at a time and do not
-    tell which plan is best together; a generation by each does, and costs next to nothing.
+    `selection` names a ranking or an objective; or `plain-sweep`: a plan by each, least joint latent shift first; or `sweep`:
+    the first of them improved besides, see `improving`. Three plans are measured, and the one that shifts least then (after
+    repair, where that is wanted) is taken; of those that shift alike the one with the fewest edits, which leaves the least to
+    recover. Scores are taken one operator at a time and do not tell which plan is best together. Plans by each cost next to
+    nothing; improving costs up to `EVALUATIONS` generations of `IMPROVED_ON` samples.
 
     MACs and parameters are counted. Latency is predicted from the operators' times, then measured on the pruned denoiser
     (`rounds` pairs of calls), and the prediction's target moved until the measured value holds with as little removed as
