@@ -112,9 +112,14 @@ def test_what_was_learned_at_one_target_serves_at_the_next() -> None:
     model, scores = denoiser(2)
     judge = Together.drawn(model, scores, 2)
     improver = Improver.of(model, scores, ["latency"], judge=judge)
-    improver.improved(start_of(model, scores, {"latency": 0.85}), {"latency": 0.85}, allowance=40)
-    improver.improved(start_of(model, scores, {"latency": 0.84}), {"latency": 0.84}, allowance=20)
-    assert len(judge.asked) == len(set(judge.asked))
+    first = improver.improved([start_of(model, scores, {"latency": 0.85})], {"latency": 0.85}, allowance=40)
+    lower = {"latency": 0.80}
+    assert not meet(model, first.chosen, lower)
+    plain = start_of(model, scores, lower)
+    second = improver.improved([plain, first.chosen], lower, allowance=10)
+    assert meet(model, second.chosen, lower)
+    assert second.shift <= judge.shift(plain)
+    assert len(judge.asked) == len(set(judge.asked)) <= 50
 
 
 def test_contributions_are_what_leaving_an_edit_out_or_putting_one_in_changes() -> None:

@@ -66,7 +66,7 @@ def improve(
 
     `judge` is asked for at most `allowance` sets, and for none twice. The same arguments give the same set.
     """
-    return Improver.of(operators, scores, targets, judge=judge, priors=priors).improved(start, targets, allowance=allowance)
+    return Improver.of(operators, scores, targets, judge=judge, priors=priors).improved([start], targets, allowance=allowance)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,12 +100,11 @@ class Improver:
             known={} if known is None else known,
         )
 
-    def improved(self, start: Chosen, targets: Mapping[Quantity, float], *, allowance: int = ALLOWANCE) -> Improved:
-        """See `improve`. A start that misses the targets gives way to the first set that meets them."""
-        before, steps = len(self.known), [self._measured(start)]
-        if before <= len(start):  # little is known of what each edit adds beside the others
-            for name in list(start)[: allowance - 1]:
-                self._measured({other: candidate for other, candidate in start.items() if other != name})
+    def improved(self, starts: Sequence[Chosen], targets: Mapping[Quantity, float], *, allowance: int = ALLOWANCE) -> Improved:
+        """See `improve`; from the best of the starts, of which one that misses the targets gives way to a set near it."""
+        before, steps = len(self.known), [self._first(starts, targets)]
+        if before <= len(steps[0].chosen):  # little is known of what each edit adds beside the others
+            self._leave_each_out(steps[0].chosen, allowance - 1)
         idle, changes = 0, MOST
         while len(self.known) - before < allowance and idle < PATIENCE:
             best = steps[-1]
@@ -113,11 +112,20 @@ class Improver:
             if proposed is None:
                 break
             tried = self._measured(proposed)
-            better = tried.shift < best.shift or not self._meets(best.chosen, targets)
+            better = tried.shift < best.shift
             steps += [tried] if better else []
             idle = 0 if better else idle + 1
             changes = MOST if better or changes == FEWEST else changes - 1
         return Improved(steps=tuple(steps), evaluations=len(self.known) - before)
+
+    def _first(self, starts: Sequence[Chosen], targets: Mapping[Quantity, float]) -> Step:
+        measured = [self._measured(start) for start in starts]
+        near = [step.chosen if self._meets(step.chosen, targets) else self._proposed(step, targets, MOST) for step in measured]
+        return min([self._measured(chosen) for chosen in near if chosen] or measured, key=lambda step: step.shift)
+
+    def _leave_each_out(self, chosen: Chosen, most: int) -> None:
+        for name in list(chosen)[:most]:
+            self._measured({other: candidate for other, candidate in chosen.items() if other != name})
 
     def _measured(self, chosen: Chosen) -> Step:
         keys = keys_of(chosen)

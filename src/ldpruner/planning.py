@@ -51,7 +51,7 @@ JUDGED_ON = 64  # samples that judge plans, where the probe has not more: those 
 APART = 5_000  # from the probe's seeds to those of samples that judge plans
 IMPROVED_ON = 32  # samples on which plans are improved, none of those that judge plans
 EVALUATIONS = 120  # sets of replacements that may be measured to improve a plan, and
-MORE = 12  # to improve it again for a target that a measured latency has moved
+MORE = 16  # to improve it again for a target that a measured latency has moved
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,8 +381,8 @@ class _Improving(_Search):
             return choice
         operators, scores = self.run.operators, self.run.scores
         improver = Improver.of(operators, scores, targets, judge=self._shift, priors=self.priors, known=self.known)
-        start = self.improved[-1] if self.improved else chosen_in(choice.edits, operators)
-        found = improver.improved(start, targets, allowance=MORE if self.improved else EVALUATIONS)
+        starts = [chosen_in(choice.edits, operators), *self.improved[-1:]]
+        found = improver.improved(starts, targets, allowance=MORE if self.improved else EVALUATIONS)
         log.info("%s: joint latent shift %.4g to %.4g in %d", self.name, found.steps[0].shift, found.shift, found.evaluations)
         self.improved.append(found.chosen)
         better = choice_of(found.chosen, operators, scores, targets)

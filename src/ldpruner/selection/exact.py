@@ -20,7 +20,6 @@ FUZZ = 1e-5  # grains: what meets its target to the digit is not to miss it by h
 EDIT = 1e-4  # what an edit costs beside its value, in medians of these: of sets that do alike the smaller one
 LARGEST = 1e6  # medians, above which values are not told apart
 NODES = 20_000  # of the search tree, after which the best set found is taken; a limit in seconds would give another one each time
-HOPELESS = 3.0  # times the harm of a whole set: an option that alone does more is not put into it
 
 Row = tuple[Mapping[int, float], float]  # coefficients by column, and what their sum is at most
 Keys = frozenset[tuple[str, str]]  # options, each by its operator and its replacement
@@ -56,7 +55,6 @@ class Nearby:
     """What `solve` finds among the sets near one that is given, again and again for other harms and another centre."""
 
     def __init__(self, operators: Operators, options: Sequence[Option], *, priors: Priors, quantities: Iterable[Quantity]) -> None:
-        self._options = options
         self._program = _Program(options, operators)
         self._valid = self._program.valid(priors, quantities)
 
@@ -76,9 +74,6 @@ class Nearby:
         program = self._program
         rows = [*self._valid, *program.budgets(targets), program.near(centre, changes)]
         rows += [program.other_than(each) for each in known if len(each ^ centre) <= changes]
-        most = HOPELESS * sum(harms[key] for key in centre)
-        keys = [option.score.key for option in self._options]
-        rows += [({place: 1.0}, 0.0) for place, key in enumerate(keys) if key not in centre and harms[key] > most]
         found = program.least(program.harms(Objective(value=lambda option: harms[option.score.key], power=1.0)), rows)
         return None if found is None else program.chosen(found)
 
