@@ -203,6 +203,24 @@ def test_the_demo_and_the_benchmarks_run_reduced(script: Callable[..., None], ld
 
 
 @pytest.mark.slow
+def test_both_ways_of_scoring_are_counted_and_compared(
+    script: Callable[..., None], ldm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--samples", "4", "--steps", "2", "--judged", "4", "--noise", "2"]
+    script(ROOT / "benchmarks" / "scoring.py", *few, "--model", ldm_folder, "--work", tmp_path / "work")
+    made = json.loads(capsys.readouterr().out)
+    reference, beside = 4 * 2 + 2 * 2 + 2 * 2, 2 * 2  # four samples; two for the output's error, recorded and asked at both steps
+    assert made["paper"]["passes"] == reference + made["edits"] * (4 * 2 + beside)
+    assert made["times_fewer_passes"] == made["paper"]["passes"] / made["fast"]["passes"]
+    assert sum(made["judged"].values()) == made["edits"]
+    assert [budget["latency"] for budget in made["budgets"]] == [0.8, 0.65, 0.5]
+    for budget in made["budgets"]:
+        paper, fast = budget["order"]["joint_shifts"]
+        assert budget["order"]["fast_to_paper"] == fast / paper
+        assert 0 <= budget["order"]["agreed"] <= 1
+
+
+@pytest.mark.slow
 def test_predicted_latencies_are_compared_with_those_measured_twice(
     script: Callable[..., None], ldm_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
