@@ -14,6 +14,7 @@ import pytest
 
 from conftest import PROBE
 from invented import operator, operators
+from ldpruner import calibration
 from ldpruner.calibration import Bench, readings_on
 from ldpruner.latencies import DEAD, LEAST, MOST, Reading, Readings, learned, random_plans
 from ldpruner.operators.discovery import DeadCode
@@ -249,6 +250,15 @@ def test_calibration_measures_what_is_lacking_and_says_so(
     caplog.clear()
     assert calibrated(3).held == first.held
     assert caplog.text == "", "nothing is lacking now"
+
+
+def test_where_calls_take_long_the_rest_waits_for_the_next_plan(
+    calibrated: Callable[[int], Readings], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr(calibration, "PATIENCE_S", 0.0)
+    assert [len(calibrated(3).held) for _ in range(4)] == [1, 2, 3, 3]
+    assert "1 readings have to do for now: calls take long" in caplog.text
 
 
 def test_plans_that_leave_room_for_repair_are_read_apart(ldm: Pipeline, operators: Operators) -> None:

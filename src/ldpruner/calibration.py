@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 
 CALIBRATING = 16  # readings below which random plans are measured before any is chosen
 ROUNDS = 15  # pairs of calls of each of these
+PATIENCE_S = 180.0  # after which the rest of them wait for the next plan: a large model's calls take long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,14 +61,18 @@ class Bench:
         )
 
     def calibrate(self, *, count: int | None = None, rounds: int | None = None) -> None:
-        """Measure random plans until there are `count` readings, `CALIBRATING` by default."""
+        """Measure random plans until there are `count` readings, `CALIBRATING` by default, or `PATIENCE_S` seconds have gone."""
         held, wanted = len(self.readings.held), CALIBRATING if count is None else count
         if held >= wanted:
             return
         log.info("%d random plans are measured: of %d readings that correct times, this device has %d", wanted - held, wanted, held)
+        began = time.perf_counter()
         for drawn in list(random_plans(self.operators, wanted))[held:]:
             edits = fillable(self.dead_code.completed(drawn), self.operators, self.repair)
             self.add(edits, self.measure(edits, rounds=rounds or ROUNDS))
+            if time.perf_counter() - began > PATIENCE_S:
+                log.info("%d readings have to do for now: calls take long", len(self.readings.held))
+                return
 
     def measure(self, edits: Sequence[Edit], *, rounds: int) -> Measurement:
         """The latency of edits, pruned / original. Their maps hold zeros: what they hold changes no time."""
