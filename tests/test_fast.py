@@ -19,7 +19,7 @@ from ldpruner.plans import Operators
 from ldpruner.scoring import SCORERS, Asked, fast
 from ldpruner.scoring.beliefs import UNKNOWN, Belief, Step, beliefs
 from ldpruner.scoring.fast import FastScorer, gap
-from ldpruner.scoring.latent import latent_shift
+from ldpruner.scoring.latent import BROKEN, latent_shift
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
 from ldpruner.surgery import trial
 from ldpruner.trajectories import spread_calls
@@ -106,6 +106,13 @@ def test_the_error_of_the_output_is_measured_or_told_from_the_screen(ldm: Pipeli
         truth = mean_squared_error(known, answers(changed, calls)) ** 0.5
     assert entry.output_error == pytest.approx(truth, rel=1e-5)
     assert all(each.output_error is not None for each in entries)
+
+
+def test_two_samples_are_enough(ldm: Pipeline, operators: Operators) -> None:
+    few = replace(WIDE, samples=2)
+    entries = list(FastScorer(allowance=math.inf).scores(asked(ldm, operators, probe=few)))
+    assert {entry.judged for entry in entries} <= {"screen", "output", "latents of 2"}
+    assert all(0 <= entry.score < BROKEN for entry in entries)
 
 
 def test_what_edits_save_has_to_be_told(ldm: Pipeline, operators: Operators) -> None:

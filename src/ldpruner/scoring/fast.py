@@ -78,7 +78,7 @@ class _Race:
     known: list[Tensor]  # the original's answers to them
     references: tuple[Statistics, Statistics]  # of few latents, and of many
     samples: tuple[int, int]
-    rungs: list[dict[Key, float]]  # screen, output, latents of few samples, of many
+    rungs: list[dict[Key, float]]  # screen, output, latents of few samples, and of many where there are more
     spent: int
     terms: dict[Key, tuple[float, float]] = field(default_factory=dict)  # of the paper's score, on the highest rung
     latents: dict[Key, Tensor] = field(default_factory=dict)  # of few samples, by edits that this process measured
@@ -88,7 +88,7 @@ class _Race:
         """With all edits on the first rung. Raises `RunError` where it is not told what edits save."""
         if asked.operators is None:
             raise RunError("the fast way needs to know what operators cost. Score by scoring.score, which tells.")
-        few = min(scorer.few, math.ceil(asked.probe.samples / 2))
+        few = max(2, min(scorer.few, math.ceil(asked.probe.samples / 2)))  # one has no standard deviation
         many, steps = min(2 * few, asked.probe.samples), asked.probe.num_inference_steps
         original = asked.pipeline.latents(replace(asked.probe, samples=many), batch_size=asked.batch_size)
 
@@ -105,7 +105,7 @@ class _Race:
             known=answers(asked.pipeline.denoiser, calls),
             references=(Statistics.of(original[:few]), Statistics.of(original)),
             samples=(few, many),
-            rungs=[asked.crew.leaders(values), {}, {}, {}],
+            rungs=[asked.crew.leaders(values), {}, {}, *([{}] if many > few else [])],
             spent=(few + many) * steps + few * scorer.timesteps * (2 + 2 * scorer.projections),
         )
 
