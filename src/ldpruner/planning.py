@@ -51,7 +51,7 @@ JUDGED_ON = 64  # samples that judge plans, where the probe has not more: those 
 APART = 5_000  # from the probe's seeds to those of samples that judge plans
 IMPROVED_ON = 32  # samples on which plans are improved, none of those that judge plans
 EVALUATIONS = 120  # sets of replacements that may be measured to improve a plan, and
-MORE = 16  # to improve it again for a target that a measured latency has moved
+MORE = 8  # to improve it again for a target that a measured latency has moved
 
 
 @dataclass(frozen=True, kw_only=True)
