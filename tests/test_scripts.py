@@ -215,9 +215,10 @@ def test_both_ways_of_scoring_are_counted_and_compared(
     assert sum(made["judged"].values()) == made["edits"]
     assert [budget["latency"] for budget in made["budgets"]] == [0.8, 0.65, 0.5]
     for budget in made["budgets"]:
-        paper, fast = budget["order"]["joint_shifts"]
-        assert budget["order"]["fast_to_paper"] == fast / paper
-        assert 0 <= budget["order"]["agreed"] <= 1
+        paper, fast = budget["joint_shifts"]
+        assert budget["fast_to_paper"] == fast / paper
+        assert 0 <= budget["agreed"] <= 1
+        assert all(movement > 0 for movement in budget["geometric_mean_movements"])
 
 
 @pytest.mark.slow
