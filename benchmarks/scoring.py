@@ -9,8 +9,9 @@ the joint latent shift of each on other samples. Few samples that turn into othe
 move by in the geometric mean stands beside it. An edit that is in one set only counts as agreed on where its score lies within
 the noise of the paper's score of the cut: two standard deviations between two seeds, told by scoring those near the cut again.
 
-Scores of the paper's way are kept in the folder `--work`: a run that stopped goes on there. Each of them costs the same, so what one
-costs is measured in this run and multiplied; `seconds_told` is the sum of what each took when it was scored. The fast way runs whole.
+Scores of the paper's way are kept in the folder `--work`: a run that stopped goes on there. Each of them costs the same, so what
+one costs is measured in this run and multiplied; `seconds_told` is the sum of what each took when it was scored. The fast way runs
+whole.
 """
 
 from __future__ import annotations
