@@ -17,6 +17,7 @@ from ldpruner.ldpruner_v1 import resample
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators
+from ldpruner.remembering import encoding_once
 from ldpruner.scoring import SCORERS, Asked, Run
 from ldpruner.scoring.latent import BROKEN, Statistics, latent_shift, shifts
 from ldpruner.scoring.output_mse import OutputErrorScorer
@@ -203,6 +204,28 @@ def test_the_error_of_the_output_is_measured_beside(ldm: Pipeline, operators: Op
     errors = OutputErrorScorer(timesteps=4).scores(replace(asked, probe=replace(probe, samples=3)))
     beside = [entry.output_error for entry in SCORERS["paper"]().scores(asked)]
     assert beside == pytest.approx([entry.score**0.5 for entry in errors], rel=1e-5)
+
+
+def test_prompts_are_encoded_once_for_all_candidates(text_to_image: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = text_to_image.pipe.text_encoder
+    asked, whole = list[int](), type(encoder).forward
+
+    def forward(self: nn.Module, input_ids: torch.Tensor, *args: object, **kwargs: object) -> object:
+        asked.append(len(input_ids))
+        return whole(self, input_ids, *args, **kwargs)
+
+    probe = replace(PROBE, prompts=("a", "b"))
+    alone = latent_shift(text_to_image.latents(probe), text_to_image.latents(replace(probe, prompts=("b", "c"))))
+    monkeypatch.setattr(type(encoder), "forward", forward)
+    with encoding_once(text_to_image):
+        before = text_to_image.latents(probe)
+        first = len(asked)
+        again = text_to_image.latents(probe)
+        assert len(asked) == first, "nothing new was asked"
+        assert torch.equal(before, again)
+        assert latent_shift(before, text_to_image.latents(replace(probe, prompts=("b", "c")))) == pytest.approx(alone)
+        assert len(asked) > first, "other prompts are"
+    assert "forward" not in vars(encoder)
 
 
 def test_text_prompts_reach_the_denoiser_in_turn(text_to_image: Pipeline) -> None:

@@ -16,6 +16,7 @@ from ldpruner.pipelines import Pipeline
 from ldpruner.plans import SCHEMA, Edit, Operators, Quantity, Score, parse_budgets
 from ldpruner.probes import Probe
 from ldpruner.processes import Crew
+from ldpruner.remembering import encoding_once
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.runs import Scored, read_scored
 from ldpruner.scoring.base import CUTS, SCORERS, Asked, Scorer, Targets
@@ -89,7 +90,8 @@ def score(
         crew=crew,
         ledger=ledger,
     )
-    scores = work.scores(scorer, asked, progress)
+    with encoding_once(pipeline):
+        scores = work.scores(scorer, asked, progress)
     return Run(
         source=pipeline.source,
         method=method,
