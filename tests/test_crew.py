@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from ldpruner import Probe, load, score
 from ldpruner.errors import RunError
 from ldpruner.processes import Crew
 from ldpruner.scoring import Run
@@ -68,18 +69,22 @@ def test_accelerate_that_starts_one_process_on_a_cpu_is_refused(monkeypatch: pyt
         Crew.joined(cpu=True)
 
 
+def alone(folder: Path, out: Path, **settings: Any) -> Run:
+    """The same run by one process, this one."""
+    probe = Probe(samples=6, num_inference_steps=2)
+    return score(load(folder), probe, replacements=["identity", "zero", "shortcut"], out=out, **settings)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["paper", "fast"])
-def test_two_processes_find_what_one_finds_and_each_measures_its_part(method: str, ldm_folder: Path, tmp_path: Path) -> None:
-    one, two = tmp_path / "one", tmp_path / "two"
-    finished(started(ldm_folder, one, "--method", method, "--budget", "macs=80%", processes=1))
-    printed = finished(started(ldm_folder, two, "--method", method, "--budget", "macs=80%", "--json", processes=2))
-    assert json.loads(printed)["scores"] == len(Run.load(one).scores), "and one of them prints"
-    assert values(Run.load(two)) == pytest.approx(values(Run.load(one)), rel=1e-5)
-    pattern = "measured-*.jsonl" if method == "fast" else "scores*.jsonl"
-    mine, others = (lines(two, pattern.replace("*", rank)) for rank in (("0", "1") if method == "fast" else ("", "-1")))
+def test_two_processes_find_what_one_finds_and_each_measures_its_part(ldm_folder: Path, tmp_path: Path) -> None:
+    one = alone(ldm_folder, tmp_path / "one", method="fast", budget={"macs": "80%"})
+    two = tmp_path / "two"
+    printed = finished(started(ldm_folder, two, "--method", "fast", "--budget", "macs=80%", "--json", processes=2))
+    assert json.loads(printed)["scores"] == len(one.scores), "and one of them prints"
+    assert values(Run.load(two)) == pytest.approx(values(one), rel=1e-5)
+    mine, others = (lines(two, f"measured-{rank}.jsonl") for rank in (0, 1))
     assert abs(len(mine) - len(others)) <= 8
-    assert keys([*mine, *others]) == keys(lines(one, pattern)), "nothing was measured twice"
+    assert keys([*mine, *others]) == keys(lines(tmp_path / "one", "measured-*.jsonl")), "nothing was measured twice"
 
 
 @pytest.mark.slow
@@ -93,8 +98,6 @@ def test_a_run_of_two_that_was_killed_is_ended_by_one(ldm_folder: Path, tmp_path
     child.communicate(timeout=60)
     kept = len(lines(out, "scores*.jsonl"))
     assert kept >= 6
-    finished(started(ldm_folder, out, processes=1))
-    whole = tmp_path / "whole"
-    finished(started(ldm_folder, whole, processes=1))
-    assert values(Run.load(out)) == pytest.approx(values(Run.load(whole)), rel=1e-5)
-    assert keys(lines(out, "scores*.jsonl")) == keys(lines(whole, "scores*.jsonl")), "and nothing was scored twice"
+    ended, whole = alone(ldm_folder, out), alone(ldm_folder, tmp_path / "whole")
+    assert values(Run.load(out)) == values(ended) == pytest.approx(values(whole), rel=1e-5)
+    assert keys(lines(out, "scores*.jsonl")) == keys(lines(tmp_path / "whole", "scores*.jsonl")), "and nothing was scored twice"
