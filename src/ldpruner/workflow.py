@@ -115,6 +115,7 @@ def prune(
         probe or Probe(),
         method=method,
         replacements=replacements,
+        budget=budget,
         out=Path(run) if run else None,
         batch_size=batch_size,
         progress=progress,
