@@ -75,7 +75,7 @@ def score(
         "targets": [{b.quantity: str(b) for b in parse_budgets(budget)}] if budget and scorer.budgeted else [],
     }
     store = Store(out, header, crew.rank) if out else None
-    ledger = Ledger(out, crew, progress)
+    ledger = Ledger(out, crew, progress)  # before the first thing that processes wait for: all read the same
     work = _Work(pipeline=pipeline, probe=probe, replacements=replacements, crew=crew, store=store, batch_size=batch_size)
     operators = work.operators(operators)
     edits = work.edits(operators)
@@ -90,14 +90,12 @@ def score(
         crew=crew,
         ledger=ledger,
     )
-    with encoding_once(pipeline):
-        scores = work.scores(scorer, asked, progress)
     return Run(
         source=pipeline.source,
         method=method,
         probe=probe,
         operators=operators,
-        scores=scores,
+        scores=work.scores(scorer, asked, progress),
         fitted=dict(asked.fitted),
         weights=header["weights"],
         folder=out,
@@ -157,9 +155,10 @@ class _Work:
         to_do = [edit for edit in asked.edits if key_of(edit) not in known]
         coming = scorer.scores(replace(asked, edits=to_do)) if to_do else iter(())
         found: dict[Key, Score] = {}
-        for entry in progress(coming, len(known), len(asked.edits)) if progress else coming:
-            found[entry.key] = entry
-            if self.store:
-                self.store.append(entry)
+        with encoding_once(self.pipeline):
+            for entry in progress(coming, len(known), len(asked.edits)) if progress else coming:
+                found[entry.key] = entry
+                if self.store:
+                    self.store.append(entry)
         known |= self.crew.gathered(found)
         return tuple(known[key_of(edit)] for edit in asked.edits)
