@@ -43,6 +43,7 @@ log = logging.getLogger(__name__)
 
 Targets = dict[Quantity, float]
 CLOSE = 0.985  # a measured latency above this share of its limit is near enough: readings spread by about as much
+AROUND = 8  # choices on either side of where a search begins: to predict a whole plan takes a second
 NEAR = 1.05  # readings up to this share of the limit are taken twice
 ALIKE = 1.05  # joint latent shifts of a few samples that differ by less are not told apart
 RANKED_ON = 12  # calls on which plans are repaired to be compared
@@ -252,7 +253,7 @@ class _Search:
         return self._given_back(best, targets, (aims[fast_enough], above))
 
     def _predicted_place(self, aims: Sequence[float], targets: Targets) -> int:
-        """The place of the first choice whose whole plan is predicted within the limit, found by halves; the last where none is.
+        """The place of the first choice whose whole plan is predicted within the limit, found by halves near where choices say.
 
         A whole plan is without what died jointly, and what stays may get tensors that lie otherwise: a choice does not tell.
         """
@@ -261,7 +262,9 @@ class _Search:
             choice = self._choose({**targets, "latency": aims[place]})
             return self._plan(choice).predicted["latency"] <= targets["latency"]
 
-        return min(bisect_left(range(len(aims)), True, key=holds), len(aims) - 1)
+        near = _first(aims, targets["latency"])
+        around = range(max(0, near - AROUND), min(len(aims), near + AROUND))
+        return min(around.start + bisect_left(around, True, key=holds), len(aims) - 1)
 
     def _given_back(self, best: Planned, targets: Targets, span: tuple[float, float]) -> Planned:
         """A plan with less removed that is still fast enough, where the choice just above it is too slow for `best` to grow.
