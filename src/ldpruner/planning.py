@@ -94,6 +94,7 @@ def plan(
     for name in replacements or ():
         REPLACEMENTS[name]
     scores = [entry for entry in run.scores if replacements is None or entry.replacement in replacements]
+    names = selections_of(selection, scores)  # what is misspelt raises now, not after random plans were measured
     targets: Targets = {b.quantity: b.share(run.operators.total) for b in budgets}
     call = pipeline.call(run.probe)
     dead_code = DeadCode(pipeline.denoiser, call, run.operators)
@@ -114,7 +115,7 @@ def plan(
         rounds=rounds,
         bench=bench,
     )
-    searches = [replace(search, selection=name) for name in selections_of(selection, scores)]
+    searches = [replace(search, selection=name) for name in names]
     if len(searches) == 1:
         return search.planned(targets)
     samples = max(run.probe.samples, JUDGED_ON)
@@ -144,7 +145,7 @@ def _sorted(searches: Sequence[_Search], targets: Targets, judge: JointShift, ru
     """One search for every plan that is predicted to meet the targets: the least shift, before repair, first."""
     found: list[tuple[float, tuple[Edit, ...], _Search]] = []
     for search in searches:
-        edits = search.timed().predicted(targets).edits
+        edits = search.predicted(targets).edits
         if all(edits != other for _, other, _ in found):
             found.append((judge.of(edits, run.fitted), edits, search))
             log.info("%s: %d edits, joint latent shift %.4g, predicted", search.selection, len(edits), found[-1][0])
