@@ -15,7 +15,7 @@ from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit
 from ldpruner.scoring import Run
 from ldpruner.surgery import Fitted
-from test_planning import SlowMachine, timed_by_macs
+from test_measured_plans import SlowMachine, timed_by_macs
 
 
 @pytest.fixture(scope="module")
