@@ -128,7 +128,7 @@ def measured(pipeline: Pipeline) -> Iterator[dict[str, Any]]:
 def papers_way(pipeline: Pipeline, probe: Probe, work: Path) -> tuple[Run, dict[str, Any]]:
     """The paper's scores and what they cost: that of one edit, measured here, for each; every edit costs the same passes."""
     run = score(pipeline, probe, method="paper", out=work)
-    edits = edits_of(run)
+    edits = run.edits()
     costs = []
     for few in (edits[:1], edits[:3]):
         asked = Asked(pipeline=pipeline, edits=few, probe=run.probe, fitted=run.fitted)
@@ -146,7 +146,7 @@ def fast_way(pipeline: Pipeline, probe: Probe, work: Path, paper: Run) -> tuple[
     work.mkdir(parents=True, exist_ok=True)
     asked = Asked(
         pipeline=pipeline,
-        edits=edits_of(paper),
+        edits=paper.edits(),
         probe=paper.probe,
         fitted=paper.fitted,
         operators=paper.operators,
@@ -156,11 +156,6 @@ def fast_way(pipeline: Pipeline, probe: Probe, work: Path, paper: Run) -> tuple[
         scores = tuple(SCORERS["fast"]().scores(asked))
     (work / "scores.jsonl").write_text("".join(json.dumps(vars(entry)) + "\n" for entry in scores), encoding="utf-8")
     return replace(paper, method="fast", scores=scores), cost
-
-
-def edits_of(run: Run) -> list[Edit]:
-    options = {(o.name, c.replacement): c.options for o, c in run.operators.pairs()}
-    return [Edit(operator=e.operator, replacement=e.replacement, options=options[e.key]) for e in run.scores]
 
 
 def decisions(pipeline: Pipeline, paper: Run, fast: Run, options: argparse.Namespace) -> dict[str, Any]:
@@ -207,7 +202,7 @@ def noise_of(pipeline: Pipeline, paper: Run, count: int) -> float:
     by_key = {entry.key: math.log(max(entry.score, 1e-12)) for entry in paper.scores}
     choices = [choose(paper.operators, paper.scores, {"latency": share}) for share in SHARES]
     cuts = [math.log(max(edit.score or 1e-12 for edit in choice.edits)) for choice in choices]
-    near = sorted(edits_of(paper), key=lambda edit: min(abs(by_key[edit.operator, edit.replacement] - cut) for cut in cuts))[:count]
+    near = sorted(paper.edits(), key=lambda edit: min(abs(by_key[edit.operator, edit.replacement] - cut) for cut in cuts))[:count]
     asked = Asked(pipeline=pipeline, edits=near, probe=replace(paper.probe, seed=SEED), fitted=paper.fitted)
     ratios = [math.log(max(entry.score, 1e-12)) - by_key[entry.key] for entry in SCORERS["paper"]().scores(asked)]
     return statistics.stdev(ratios) / math.sqrt(2)

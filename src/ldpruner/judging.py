@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ldpruner.originals import Original
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit
 from ldpruner.probes import Probe
@@ -36,7 +37,8 @@ class JointShift:
     def on(cls, pipeline: Pipeline, probe: Probe, *, samples: int, seed: int, batch_size: int | None) -> JointShift:
         """The probe's generations of so many samples from other noise."""
         probe = replace(pipeline.varied(probe), samples=samples, seed=seed)
-        return cls(pipeline=pipeline, probe=probe, reference=pipeline.latents(probe, batch_size=batch_size), batch_size=batch_size)
+        reference = Original.of(pipeline).latents(probe, batch_size=batch_size)
+        return cls(pipeline=pipeline, probe=probe, reference=reference, batch_size=batch_size)
 
     def of(self, edits: Sequence[Edit], fitted: Fitted) -> float:
         """The joint latent shift."""
@@ -50,7 +52,7 @@ class JointShift:
         return replace(self, limit=limit if 0 < limit < math.inf else None)
 
     def _latents(self, edits: Sequence[Edit], fitted: Fitted) -> Tensor:
-        with self.pipeline.with_denoiser(pruned_view(self.pipeline.denoiser, edits, fitted)):
+        with torch.inference_mode(), self.pipeline.with_denoiser(pruned_view(self.pipeline.denoiser, edits, fitted)):
             return self.pipeline.latents(self.probe, batch_size=self.batch_size)
 
 

@@ -61,6 +61,7 @@ probing = stacked(
     prompting,
     click.option("--batch-size", type=click.IntRange(1), help="Samples in one denoiser call; all of them by default."),
     click.option("--method", default="paper", show_default=True, help="How operators are scored."),
+    click.option("--solver", help="Score by a solver that needs fewer steps than the pipeline's own: ddim, dpm++, unipc."),
 )
 replacing = click.option("--replacements", help="Only these, with commas: identity, zero, shortcut, pointwise.")
 choosing = stacked(
@@ -107,7 +108,7 @@ def probe_of(settings: Settings) -> Probe:
     """The probe that the options of `probing` or `generating` describe; raises `DataError` for prompts given twice."""
     from ldpruner.files import read_prompts
 
-    names = ("samples", "num_inference_steps", "seed", "guidance_scale")
+    names = [name for name in ("samples", "num_inference_steps", "seed", "guidance_scale", "solver") if name in settings]
     file = settings["prompts_file"]
     if file and settings["prompts"]:
         raise DataError("give --prompt or --prompts-file, not both.")

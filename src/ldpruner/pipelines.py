@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 import json
 import logging
@@ -27,6 +26,7 @@ from ldpruner.errors import LDPrunerError, PipelineError, suggest
 from ldpruner.files import first_damaged, read_prompts
 from ldpruner.operators.tracing import Call
 from ldpruner.probes import Probe
+from ldpruner.solvers import solving_by, watching
 from ldpruner.sound import Wave, from_spectrogram, to_spectrogram
 
 log = logging.getLogger(__name__)
@@ -145,8 +145,8 @@ class Pipeline:
 
     def _latents(self, probe: Probe, rows: range) -> Tensor:
         last: list[Tensor] = []
-        with self._watched_steps(last), self._without_decoder():
-            self._generate(probe, rows)
+        with self._without_decoder():
+            self._generate(probe, rows, last)
         self._check_seen(last)
         return last[0]
 
@@ -158,8 +158,8 @@ class Pipeline:
         """The probe's generations from sample `first` on, a batch at a time, latents and pictures both."""
         for rows in _batches(probe.samples, batch_size or probe.samples, first):
             last: list[Tensor] = []
-            with self._watched_steps(last), self._without_vocoder():
-                images = self._pictures(probe, rows)
+            with self._without_vocoder():
+                images = self._pictures(probe, rows, last)
             self._check_seen(last)
             yield Generated(latents=last[0].float().cpu(), pictures=torch.stack([_as_tensor(image) for image in images]))
 
@@ -171,8 +171,8 @@ class Pipeline:
                 pictures += self._pictures(probe, rows)
         return pictures
 
-    def _pictures(self, probe: Probe, rows: range) -> list[Image.Image]:
-        output = self._generate(probe, rows)
+    def _pictures(self, probe: Probe, rows: range, last: list[Tensor] | None = None) -> list[Image.Image]:
+        output = self._generate(probe, rows, last)
         if not hasattr(output, "images"):
             raise PipelineError(f"{self.source}: {type(self.pipe).__name__} gives no pictures, nor spectrograms as pictures.")
         pictures: list[Image.Image] = output.images
@@ -209,8 +209,8 @@ class Pipeline:
             handle.remove()
         return seen[0]
 
-    def _generate(self, probe: Probe, rows: range) -> Any:
-        """One call of the pipeline; None where it was stopped on the way."""
+    def _generate(self, probe: Probe, rows: range, last: list[Tensor] | None = None) -> Any:
+        """One call of the pipeline, its latest sample kept in `last`; None where it was stopped on the way."""
         probe = self.completed(probe)
         generators = [torch.Generator("cpu").manual_seed(probe.seed + row) for row in rows]
         accepted = self._accepted()
@@ -226,31 +226,14 @@ class Pipeline:
         if probe.guidance_scale is not None:
             arguments["guidance_scale"] = probe.guidance_scale
         try:
-            return self.pipe(**arguments)
+            with solving_by(self.pipe, probe.solver), watching(self.pipe.scheduler, last):
+                return self.pipe(**arguments)
         except _SeenEnoughError:
             return None
         except LDPrunerError:
             raise
         except (ValueError, RuntimeError, TypeError) as error:  # refused, out of memory, or a dtype that it cannot run in
             raise PipelineError(f"{self.source}: {type(self.pipe).__name__} refuses to run ({_one_line(error)}).") from error
-
-    @contextmanager
-    def _watched_steps(self, last: list[Tensor]) -> Iterator[None]:
-        """Keep in `last` the sample that the scheduler's latest step gave."""
-        scheduler = self.pipe.scheduler
-        step = scheduler.step
-
-        @functools.wraps(step)
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            output = step(*args, **kwargs)
-            last[:] = [output[0]]
-            return output
-
-        scheduler.step = watched
-        try:
-            yield
-        finally:
-            del scheduler.step
 
     @contextmanager
     def _without_decoder(self) -> Iterator[None]:

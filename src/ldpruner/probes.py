@@ -21,6 +21,7 @@ class Probe:
     seed: int = 0
     prompts: tuple[str, ...] = ()  # sample i takes prompt i, in turn; unconditional pipelines take none
     guidance_scale: float | None = None  # None: what the pipeline uses by default
+    solver: str | None = None  # None: the pipeline's own scheduler; else one of `solvers.SOLVERS`, which needs fewer steps
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -29,7 +30,8 @@ class Probe:
             raise RunError(f"num_inference_steps={self.num_inference_steps}: 1 or more are needed.")
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"prompts": list(self.prompts)}
+        data = asdict(self) | {"prompts": list(self.prompts)}
+        return {name: value for name, value in data.items() if name != "solver" or value is not None}  # as it was without solvers
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Probe:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,30 +12,35 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from ldpruner.files import cache_folder
+from ldpruner.operators.timing import device_of
+from ldpruner.originals import kept, module_digest
 from ldpruner.pipelines import Pipeline
 
 
 @contextmanager
 def encoding_once(pipeline: Pipeline) -> Iterator[None]:
-    """While the block runs, a text encoder that is asked what it was asked before gives the same answer, which is not computed."""
+    """While the block runs, a text encoder that was asked the same before, in any run, gives the same answer, not computed anew."""
     with ExitStack() as stack:
         for name, part in pipeline.pipe.components.items():
             if name.startswith("text_encoder") and isinstance(part, nn.Module):
                 own = {key: value for key, value in vars(part).items() if key == "forward"}  # offloading puts one there
-                part.__dict__["forward"] = _remembering(part.forward)
+                part.__dict__["forward"] = _remembering(part)
                 stack.callback(part.__dict__.update, own)
                 stack.callback(part.__dict__.pop, "forward")
         yield
 
 
-def _remembering(forward: Callable[..., Any]) -> Callable[..., Any]:
-    answers: dict[str, Any] = {}
+def _remembering(encoder: nn.Module) -> Callable[..., Any]:
+    """Its forward pass, with a memory, and one on disk by its content."""
+    forward, answers = encoder.forward, dict[str, Any]()
+    folder = functools.cache(lambda: cache_folder() / "prompts" / module_digest(encoder)[:32])  # hashed once it is asked
 
     def remembered(*args: Any, **kwargs: Any) -> Any:
         question = _digest((args, kwargs))
         if question not in answers:
             with torch.no_grad():
-                answers[question] = forward(*args, **kwargs)
+                answers[question] = kept(folder(), [question], lambda: forward(*args, **kwargs), device_of(encoder))
         return answers[question]
 
     return remembered

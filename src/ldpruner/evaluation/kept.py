@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldpruner.errors import ArtifactError, DataError, PipelineError
+from ldpruner.errors import DataError, PipelineError
 from ldpruner.evaluation.base import Stream
 from ldpruner.evaluation.features import FeatureNet
 from ldpruner.evaluation.judges import Seen
-from ldpruner.files import refused_by_disk
-from ldpruner.operators.tracing import weights_digest
+from ldpruner.originals import hash_of, pipeline_digest, plain
+from ldpruner.packing import Part
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
 from ldpruner.sound import levelled, resampled
@@ -31,45 +26,6 @@ from ldpruner.sound import levelled, resampled
 SCHEMA = 1  # of what parts hold; a change makes what is kept unknown
 
 Watch = Callable[[Iterator[Seen], int, str], Iterator[Seen]]  # parts to come, samples in all, what is done
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """A file of the cache, whether it is there yet or not. It is whole or absent."""
-
-    path: Path
-
-    def read(self) -> Seen | None:
-        """What it holds; None where it is not there, or was damaged."""
-        try:
-            return load_file(self.path)
-        except (OSError, SafetensorError):
-            return None
-
-    def write(self, tensors: Seen) -> None:
-        """Fill it. Raises `ArtifactError` where the disk refuses; the parts before it are kept."""
-        scratch = self.path.with_suffix(f".{os.getpid()}.partial")  # another process may be making the same part
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, scratch)
-            scratch.replace(self.path)
-        except Exception as error:
-            if not refused_by_disk(error):
-                raise
-            raise ArtifactError(
-                f"{self.path.parent}: the cache cannot be written ({error}). What is there is kept; free space, "
-                "or name another folder with --cache, and run again."
-            ) from error
-        finally:
-            scratch.unlink(missing_ok=True)
-
-    def or_made(self, make: Callable[[], Seen]) -> Seen:
-        """What it holds, made and written first where it is not there."""
-        held = self.read()
-        if held is None:
-            held = make()
-            self.write(held)
-        return held
 
 
 def stream_of(parts: Sequence[Part], name: str) -> Stream:
@@ -129,7 +85,7 @@ class Samples:
         for first in range(0, self.probe.samples, self.batch_size):
             rows = range(first, min(first + self.batch_size, self.probe.samples))
             seeds = [self.probe.seed + rows.start, len(rows)]
-            key = _hash([*seeds, self.probe.num_inference_steps, self.probe.guidance_scale, captions[rows.start : rows.stop]])
+            key = hash_of([*seeds, self.probe.num_inference_steps, self.probe.guidance_scale, captions[rows.start : rows.stop]])
             yield rows, Part(path=self.folder / f"part-{key[:32]}.safetensors")
 
     def _make(self, rows: range) -> Seen:
@@ -143,7 +99,7 @@ def sounds(spectrograms: Stream, pipeline: Pipeline, sample_rate: int, cache: Pa
 
     Every wave has the same length and the same loudest sample: spectrograms carry no loudness.
     """
-    settings = _hash([SCHEMA, _plain(getattr(pipeline.mel, "config", None)), sample_rate])
+    settings = hash_of([SCHEMA, plain(getattr(pipeline.mel, "config", None)), sample_rate])
 
     def make(part: Tensor) -> Seen:
         return {"waves": torch.from_numpy(np.stack([comparable(*pipeline.sound(each), pipeline, sample_rate) for each in part]))}
@@ -173,32 +129,6 @@ def observed(net: FeatureNet, shown: Stream, cache: Path) -> Iterator[tuple[Part
 @torch.inference_mode()
 def _look(net: FeatureNet, part: Tensor) -> Seen:
     return {name: tensor.float().cpu() for name, tensor in net.observe(part).items()}
-
-
-def pipeline_digest(pipeline: Pipeline) -> str:
-    """A fingerprint of all that decides what a pipeline generates: weights, configurations, dtype, device, versions."""
-    versions = [metadata.version(name) for name in ("torch", "diffusers")]
-    digest = hashlib.sha256(f"{SCHEMA} {versions} {type(pipeline.pipe).__name__} {_plain(pipeline.pipe.config)}".encode())
-    for name, component in sorted(pipeline.pipe.components.items()):
-        config = getattr(component, "config", None)
-        digest.update(f"{name} {type(component).__name__} {_plain(config)}".encode())
-        if isinstance(component, nn.Module):
-            digest.update(f"{component} {weights_digest(component)}".encode())  # as text, a module names its stand-ins
-            for buffer in component.buffers():
-                digest.update(buffer.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    parameter = next(pipeline.denoiser.parameters())
-    digest.update(f"{parameter.dtype} {parameter.device.type}".encode())
-    return digest.hexdigest()
-
-
-def _plain(config: Any) -> str:
-    given = config.to_dict() if hasattr(config, "to_dict") else dict(config or {})
-    settings = {key: value for key, value in given.items() if not key.startswith("_")}
-    return json.dumps(settings, sort_keys=True, default=str)
-
-
-def _hash(settings: Sequence[Any]) -> str:
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()
 
 
 def _tensor_hash(tensor: Tensor) -> str:

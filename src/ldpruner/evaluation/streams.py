@@ -15,7 +15,8 @@ from ldpruner.errors import DataError
 from ldpruner.evaluation.base import Evidence, Stream
 from ldpruner.evaluation.features import FeatureNet
 from ldpruner.evaluation.judges import Seen, load_reference
-from ldpruner.evaluation.kept import Part, Samples, Watch, comparable, observed, sounds, stream_of
+from ldpruner.evaluation.kept import Samples, Watch, comparable, observed, sounds, stream_of
+from ldpruner.packing import Part
 from ldpruner.pipelines import Pipeline
 
 PART = 50  # real samples that are looked at at once

@@ -13,6 +13,7 @@ from ldpruner.scoring import (
     screen,
     taylor,
 )
+from ldpruner.scoring.agreement import rank_agreement
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.engine import Run, score
 
@@ -30,6 +31,7 @@ __all__ = [
     "latent",
     "magnitude",
     "output_mse",
+    "rank_agreement",
     "score",
     "screen",
     "taylor",

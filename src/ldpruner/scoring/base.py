@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import ClassVar, Protocol
 
+from ldpruner.originals import Original
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Operators, Quantity, Score
 from ldpruner.probes import Probe
@@ -31,6 +33,11 @@ class Asked:
     targets: tuple[Targets, ...] = ()  # the budgets that plans will be made for
     crew: Crew = field(default_factory=Crew)  # the processes that share the work
     ledger: Ledger = field(default_factory=Ledger)  # what was measured before
+
+    @cached_property
+    def original(self) -> Original:
+        """What the pipeline generates unchanged; first asked for while nothing is changed."""
+        return Original.of(self.pipeline)
 
     @property
     def mine(self) -> Sequence[Edit]:

@@ -39,6 +39,11 @@ class Run(Scored):
         scored = read_scored(folder)
         return cls(**vars(scored), fitted=read_fitted(folder / "pointwise.safetensors"), folder=folder)
 
+    def edits(self) -> list[Edit]:
+        """What was scored, in the order of the scores."""
+        options = {(o.name, c.replacement): c.options for o, c in self.operators.pairs()}
+        return [Edit(operator=e.operator, replacement=e.replacement, options=options[e.key]) for e in self.scores]
+
 
 def score(
     pipeline: Pipeline,

@@ -25,7 +25,6 @@ from ldpruner.scoring.screen import screened
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
 from ldpruner.selection import choose
 from ldpruner.surgery import trial
-from ldpruner.trajectories import spread_calls
 
 CLEAR = 2.0  # doubts from every cut at which a score is clear
 AT_ONCE = 16  # edits that are measured before beliefs are formed anew, whatever the number of processes
@@ -90,10 +89,10 @@ class _Race:
             raise RunError("the fast way needs to know what operators cost. Score by scoring.score, which tells.")
         few = max(2, min(scorer.few, math.ceil(asked.probe.samples / 2)))  # one has no standard deviation
         many, steps = min(2 * few, asked.probe.samples), asked.probe.num_inference_steps
-        original = asked.pipeline.latents(replace(asked.probe, samples=many), batch_size=asked.batch_size)
+        original = asked.original.latents(replace(asked.probe, samples=many), batch_size=asked.batch_size)
 
         def screen(size: int) -> tuple[list[Call], dict[Key, float]]:
-            calls = spread_calls(asked.pipeline, replace(asked.probe, samples=few), scorer.timesteps, batch_size=size)
+            calls = asked.original.spread_calls(replace(asked.probe, samples=few), scorer.timesteps, batch_size=size)
             return calls, screened(asked, calls, projections=scorer.projections)
 
         calls, values = within_memory(screen, min(few, asked.batch_size or few))  # a backward pass needs more than a forward
@@ -200,7 +199,7 @@ class _Race:
         return list(shifts(self.references[1], Statistics.of(torch.cat([first, others]))))
 
     def _generated(self, edit: Edit, probe: Probe, samples: int) -> Tensor:
-        with self._changed(edit):
+        with torch.inference_mode(), self._changed(edit):
             return self.asked.pipeline.latents(replace(probe, samples=samples), batch_size=self.asked.batch_size)
 
     def _changed(self, edit: Edit) -> AbstractContextManager[nn.Module]:

@@ -14,7 +14,6 @@ from ldpruner.plans import Score
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
 from ldpruner.surgery import trial
-from ldpruner.trajectories import spread_calls
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,14 @@ class PaperScorer(Scorer):
     timesteps: int = 4
 
     def scores(self, asked: Asked) -> Iterator[Score]:
-        reference = Statistics.of(asked.pipeline.latents(asked.probe, batch_size=asked.batch_size))
+        original = asked.original
+        reference = Statistics.of(original.latents(asked.probe, batch_size=asked.batch_size))
         few = replace(asked.probe, samples=min(math.ceil(asked.probe.samples / 2), self.watched))
-        calls = spread_calls(asked.pipeline, few, self.timesteps, batch_size=asked.batch_size)
+        calls = original.spread_calls(few, self.timesteps, batch_size=asked.batch_size)
         known = answers(asked.pipeline.denoiser, calls)
         for edit in asked.mine:
             began = time.perf_counter()
-            with trial(asked.pipeline.denoiser, [edit], fitted=asked.fitted) as changed:
+            with torch.inference_mode(), trial(asked.pipeline.denoiser, [edit], fitted=asked.fitted) as changed:
                 modified = Statistics.of(asked.pipeline.latents(asked.probe, batch_size=asked.batch_size))
                 error = mean_squared_error(known, answers(changed, calls)) ** 0.5
             mean_shift, std_shift = shifts(reference, modified)
