@@ -19,31 +19,31 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from scipy.stats import spearmanr
-from torch import Tensor, nn
 
 import ldpruner
 from ldpruner.environment import environment, peak_since_reset, release_memory, reset_peak
-from ldpruner.judging import distances
 from ldpruner.operators.timing import device_of
-from ldpruner.operators.tracing import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Score
 from ldpruner.probes import Probe
 from ldpruner.scoring import SCORERS, Asked, Run, score
-from ldpruner.scoring.latent import latent_shift
+from ldpruner.scoring.latent import distances, latent_shift
 from ldpruner.selection import choose
 from ldpruner.surgery import pruned_view
+from ldpruner.trajectories import counted
 
 SHARES = (0.80, 0.65, 0.50)
 APART = 5_000  # from the seeds that score to those that judge
@@ -80,65 +80,52 @@ def main() -> None:
     print()
 
 
-@dataclass
-class Passes:
-    """Denoiser passes of one sample, a backward pass as two."""
-
-    count: int = 0
-
-
-@contextmanager
-def counted(denoiser: nn.Module) -> Iterator[Passes]:
-    """Counts, while the block runs, the rows of every call and of every backward pass from its output."""
-    passes = Passes()
-
-    def hook(_: nn.Module, __: Any, output: Any) -> None:
-        made = tensors_in(output)[0]
-        passes.count += len(made)
-        if made.requires_grad:
-            made.register_hook(backward)  # type: ignore[no-untyped-call]
-
-    def backward(gradient: Tensor) -> None:
-        passes.count += 2 * len(gradient)
-
-    handle = denoiser.register_forward_hook(hook)
-    try:
-        yield passes
-    finally:
-        handle.remove()
-
-
 @contextmanager
 def measured(pipeline: Pipeline) -> Iterator[dict[str, Any]]:
-    """Passes, seconds and the most memory of a block, once it has ended."""
+    """Passes, seconds and the most memory of a block, once it has ended; what earlier runs have kept is not there for it."""
     cost: dict[str, Any] = {}
     release_memory()
     watched = reset_peak(device_of(pipeline.denoiser))
-    wall, processor = time.perf_counter(), time.process_time()
-    with counted(pipeline.denoiser) as passes:
+    with no_cache(), counted(pipeline.denoiser) as passes:
+        wall, processor = time.perf_counter(), time.process_time()
         yield cost
-    cost |= {
-        "passes": passes.count,
-        "wall_seconds": time.perf_counter() - wall,
-        "processor_seconds": time.process_time() - processor,
-    }
+        cost |= {"wall_seconds": time.perf_counter() - wall, "processor_seconds": time.process_time() - processor}
+    cost["passes"] = passes.count
     cost["peak_bytes"] = peak_since_reset(device_of(pipeline.denoiser)) if watched else None
+
+
+@contextmanager
+def no_cache() -> Iterator[None]:
+    """An empty cache, for as long as the block runs."""
+    before = os.environ.get("LDPRUNER_CACHE")
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["LDPRUNER_CACHE"] = folder
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ["LDPRUNER_CACHE"]
+            else:
+                os.environ["LDPRUNER_CACHE"] = before
 
 
 def papers_way(pipeline: Pipeline, probe: Probe, work: Path) -> tuple[Run, dict[str, Any]]:
     """The paper's scores and what they cost: that of one edit, measured here, for each; every edit costs the same passes."""
     run = score(pipeline, probe, method="paper", out=work)
-    edits = run.edits()
+    asked = Asked(pipeline=pipeline, edits=run.edits(), probe=run.probe, fitted=run.fitted)
+    return run, papers_cost(asked) | {"seconds_told": sum(entry.seconds for entry in run.scores)}
+
+
+def papers_cost(asked: Asked) -> dict[str, Any]:
+    """What the paper's way costs for all edits: that of one, measured here, for each; every edit costs the same passes."""
     costs = []
-    for few in (edits[:1], edits[:3]):
-        asked = Asked(pipeline=pipeline, edits=few, probe=run.probe, fitted=run.fitted)
-        with measured(pipeline) as cost:
-            list(SCORERS["paper"]().scores(asked))
+    for count in (1, 3):
+        with measured(asked.pipeline) as cost:
+            list(SCORERS["paper"]().scores(replace(asked, edits=asked.edits[:count])))
         costs.append(cost)
     each = {name: (costs[1][name] - costs[0][name]) / 2 for name in ("passes", "processor_seconds", "wall_seconds")}
-    whole = {name: costs[0][name] + (len(edits) - 1) * each[name] for name in each}
-    whole |= {"passes": round(whole["passes"]), "seconds_told": sum(entry.seconds for entry in run.scores)}
-    return run, whole | {"peak_bytes": costs[1]["peak_bytes"]}
+    whole = {name: costs[0][name] + (len(asked.edits) - 1) * each[name] for name in each}
+    return {**whole, "passes": round(whole["passes"]), "peak_bytes": costs[1]["peak_bytes"]}
 
 
 def fast_way(pipeline: Pipeline, probe: Probe, work: Path, paper: Run) -> tuple[Run, dict[str, Any]]:

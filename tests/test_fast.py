@@ -19,10 +19,10 @@ from ldpruner.plans import Operators
 from ldpruner.scoring import SCORERS, Asked, fast
 from ldpruner.scoring.beliefs import UNKNOWN, Belief, Step, beliefs
 from ldpruner.scoring.fast import FastScorer, gap
-from ldpruner.scoring.latent import BROKEN, latent_shift
+from ldpruner.scoring.latent import BROKEN, PaperScorer, latent_shift, tamed
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
 from ldpruner.surgery import trial
-from ldpruner.trajectories import spread_calls
+from ldpruner.trajectories import counted, spread_calls
 
 WIDE = Probe(samples=4, num_inference_steps=2)
 MACS = ({"macs": 0.8},)
@@ -61,7 +61,7 @@ def test_a_gap_is_counted_in_doubts() -> None:
 
 
 def test_with_all_that_it_may_spend_every_edit_that_matters_gets_the_papers_score(ldm: Pipeline, operators: Operators) -> None:
-    """With doubts of everything none is clear, and all reach the last rung: the formula of the paper on all samples."""
+    """With doubts of everything none is clear, and all reach the last rung: the paper's formula, no sample moved far."""
     question = asked(ldm, operators)
     scorer = FastScorer(few=2, allowance=math.inf)
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def test_with_all_that_it_may_spend_every_edit_that_matters_gets_the_papers_scor
     for entry in on_top[::7]:
         options = operators[entry.operator].candidate(entry.replacement).options
         with trial(ldm.denoiser, [Edit(operator=entry.operator, replacement=entry.replacement, options=options)]):
-            truth = latent_shift(reference, ldm.latents(WIDE))
+            truth = latent_shift(reference, tamed(reference, ldm.latents(WIDE)))
         assert entry.score == pytest.approx(truth, rel=1e-3)
         assert entry.mean_shift is not None
         assert entry.std_shift is not None
@@ -84,6 +84,24 @@ def test_with_nothing_to_spend_all_are_screened_and_told_so(ldm: Pipeline, opera
     entries = list(FastScorer(allowance=0.0).scores(asked(ldm, operators)))
     assert {entry.judged for entry in entries} == {"screen"}
     assert all(entry.doubt and entry.doubt >= UNKNOWN for entry in entries)
+
+
+@pytest.mark.parametrize(("few", "allowance"), [(2, 8.0), (2, 13.7), (3, 0.0), (2, math.inf)])
+def test_no_more_is_spent_than_is_said(ldm: Pipeline, operators: Operators, few: int, allowance: float) -> None:
+    question, scorer = asked(ldm, operators), FastScorer(few=few, allowance=allowance)
+    with counted(ldm.denoiser) as passes:
+        list(scorer.scores(question))
+    if allowance < math.inf:
+        assert scorer.fixed(WIDE) <= passes.count <= scorer.cost(len(question.edits), WIDE)
+    if not allowance:
+        assert passes.count == scorer.fixed(WIDE)
+
+
+def test_what_the_papers_way_costs_is_counted(ldm: Pipeline, operators: Operators) -> None:
+    question = asked(ldm, operators)
+    with counted(ldm.denoiser) as passes:
+        list(PaperScorer().scores(question))
+    assert passes.count == PaperScorer().cost(len(question.edits), WIDE)
 
 
 def test_what_is_near_a_cut_is_measured_and_what_is_far_is_not(ldm: Pipeline, operators: Operators) -> None:

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from conftest import PROBE
-from ldpruner.judging import JointShift, distances, within_reach
+from ldpruner.judging import JointShift
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit
-from ldpruner.scoring.latent import BROKEN, latent_shift
+from ldpruner.scoring.latent import BROKEN, FAR, distances, latent_shift, within_reach
 from ldpruner.surgery import pruned_view
 
 
@@ -36,6 +36,6 @@ def test_a_judge_gives_the_joint_shift_on_other_noise_and_less_with_a_limit(ldm:
     assert judge.of([], {}) == 0
     moved = distances(judge.reference, latents)
     tamed = judge.tamed(edits, {})
-    assert tamed.limit == pytest.approx(5 * float(moved.median()))
+    assert tamed.limit == pytest.approx(FAR * float(moved.median()))
     assert replace(judge, limit=float(moved.min())).of(edits, {}) < shift
     assert judge.tamed([], {}).limit is None, "nothing moves: there is no measure of far"

@@ -13,10 +13,8 @@ from ldpruner.originals import Original
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit
 from ldpruner.probes import Probe
-from ldpruner.scoring.latent import latent_shift
+from ldpruner.scoring.latent import FAR, distances, latent_shift, within_reach
 from ldpruner.surgery import Fitted, pruned_view
-
-FAR = 5.0  # times the median movement: what moves farther has become another picture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,16 +52,3 @@ class JointShift:
     def _latents(self, edits: Sequence[Edit], fitted: Fitted) -> Tensor:
         with torch.inference_mode(), self.pipeline.with_denoiser(pruned_view(self.pipeline.denoiser, edits, fitted)):
             return self.pipeline.latents(self.probe, batch_size=self.batch_size)
-
-
-def distances(reference: Tensor, modified: Tensor) -> Tensor:
-    """||r_i - m_i||_2 for each sample, `(samples,)`."""
-    moved: Tensor = torch.linalg.vector_norm((modified - reference).flatten(1), dim=1)
-    return moved
-
-
-def within_reach(reference: Tensor, modified: Tensor, limit: float) -> Tensor:
-    """`modified`, with samples that lie farther than `limit` from their reference drawn up to there."""
-    moved = distances(reference, modified)
-    share = (limit / moved.clamp(min=limit)).nan_to_num(1.0)
-    return reference + (modified - reference) * share.view(-1, *[1] * (reference.dim() - 1))

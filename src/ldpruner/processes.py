@@ -40,9 +40,9 @@ class Crew:
         """Whether this is the process that prints, and writes what all share."""
         return self.rank == 0
 
-    def share(self, tasks: Sequence[T]) -> Sequence[T]:
-        """The tasks of this process: every `size`-th."""
-        return tasks[self.rank :: self.size]
+    def share(self, tasks: Sequence[T], *, done: int = 0) -> Sequence[T]:
+        """The tasks of this process: every `size`-th, in turn after as many as were shared out before."""
+        return tasks[(self.rank - done) % self.size :: self.size]
 
     def gathered(self, found: dict[Any, T]) -> dict[Any, T]:
         """What all processes found, in each of them; waits until all have."""

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ldpruner.operators.tracing import Call
+from ldpruner.operators.tracing import Call, tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
 
@@ -51,6 +52,34 @@ def recording(denoiser: nn.Module, *, until: int | None = None) -> Iterator[list
     handle = denoiser.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         yield calls
+    finally:
+        handle.remove()
+
+
+@dataclass
+class Passes:
+    """Denoiser passes of one sample; a backward pass counts as two, a guided sample as two."""
+
+    count: int = 0
+
+
+@contextmanager
+def counted(denoiser: nn.Module) -> Iterator[Passes]:
+    """Counts, while the block runs, the rows of every call and of every backward pass from its output."""
+    passes = Passes()
+
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        made = tensors_in(output)[0]
+        passes.count += len(made)
+        if made.requires_grad:
+            made.register_hook(backward)  # type: ignore[no-untyped-call]
+
+    def backward(gradient: Tensor) -> None:
+        passes.count += 2 * len(gradient)
+
+    handle = denoiser.register_forward_hook(hook)
+    try:
+        yield passes
     finally:
         handle.remove()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from ldpruner.plans import Edit, Operators, Score
 from ldpruner.probes import Probe
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.beliefs import FLOOR, Belief, beliefs
-from ldpruner.scoring.latent import BROKEN, Statistics, shifts
+from ldpruner.scoring.latent import BROKEN, Statistics, shifts, tamed
 from ldpruner.scoring.ledger import Key, key_of
 from ldpruner.scoring.screen import screened
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
@@ -36,24 +37,41 @@ class FastScorer(Scorer):
     """The paper's order for a small share of its cost: all edits are screened, and only what is not clear is measured better.
 
     Four rungs. *Screen*: the first-order change of the output, all edits at once (`screen.ScreenScorer`). *Output*: its error on
-    inputs that the original met, at `timesteps` steps of `few` samples. Then latents, by the paper's formula on shared noise, of
-    `few` samples and of twice as many. Edits that were measured on two rungs tell how one follows from the other: that carries
-    every value to the last rung, so that scores are compared at equal sample counts, and gives it a doubt (`beliefs.beliefs`).
+    inputs that the original met, at `timesteps` steps of `few` samples. Then latents on shared noise, of `few` samples and of
+    twice as many, by the paper's formula with one change: no sample counts as moved by more than `FAR` times the median. One that
+    turns into another picture moves farther than all others together; which ones do is chance, and of a few samples the formula
+    says little else. Edits that were measured on two rungs tell how one follows from the other: that carries every value to the
+    last rung, so that scores are compared at equal sample counts, and gives it a doubt (`beliefs.beliefs`).
 
     The cut of a target is the highest score among edits that the paper's order takes to meet it. An edit is clear when it lies
     `CLEAR` doubts from every cut, or another replacement of its operator clearly does less harm and saves as much. Of the rest,
     those nearest to each cut go up one rung, until all are clear or on the last one, or `allowance` is spent: denoiser passes of
     one sample, per edit on average, where a backward pass counts as two.
 
-    Scores are on the scale of the paper's for the last rung's samples. The ladder and the race are ours; its second rung is
-    LAPTOP-Diff's criterion (arXiv 2404.11098), its last ones are LD-Pruner's (arXiv 2404.11936).
+    The ladder, the limit and the race are ours; the second rung is LAPTOP-Diff's criterion (arXiv 2404.11098), the formula of the
+    last ones is LD-Pruner's (arXiv 2404.11936).
     """
 
     budgeted: ClassVar[bool] = True
-    few: int = 8
+    few: int = 4
     timesteps: int = 4
-    projections: int = 2
-    allowance: float = 36.0
+    projections: int = 4
+    allowance: float = 40.0
+
+    def cost(self, edits: int, probe: Probe) -> int:
+        """The most denoiser passes of one sample that so many edits cost, a backward pass as two; guidance doubles them."""
+        return max(self.fixed(probe), math.floor(self.allowance * edits))
+
+    def fixed(self, probe: Probe) -> int:
+        """What is spent before the first edit is measured by itself: the original's latents and calls, and the screen."""
+        few, many = self.samples(probe)
+        seen = min(self.timesteps, probe.num_inference_steps)
+        return (few + many) * probe.num_inference_steps + few * seen * (2 + 2 * self.projections)
+
+    def samples(self, probe: Probe) -> tuple[int, int]:
+        """Of the two rungs of latents; the same twice where the probe has no more."""
+        few = max(2, min(self.few, math.ceil(probe.samples / 2)))  # the paper's formula has a standard deviation
+        return few, min(2 * few, probe.samples)
 
     def scores(self, asked: Asked) -> Iterator[Score]:
         began = time.perf_counter()
@@ -75,7 +93,7 @@ class _Race:
     operators: Operators
     calls: list[Call]
     known: list[Tensor]  # the original's answers to them
-    references: tuple[Statistics, Statistics]  # of few latents, and of many
+    reference: Tensor  # the original's latents, of many samples
     samples: tuple[int, int]
     rungs: list[dict[Key, float]]  # screen, output, latents of few samples, and of many where there are more
     spent: int
@@ -87,9 +105,8 @@ class _Race:
         """With all edits on the first rung. Raises `RunError` where it is not told what edits save."""
         if asked.operators is None:
             raise RunError("the fast way needs to know what operators cost. Score by scoring.score, which tells.")
-        few = max(2, min(scorer.few, math.ceil(asked.probe.samples / 2)))  # one has no standard deviation
-        many, steps = min(2 * few, asked.probe.samples), asked.probe.num_inference_steps
-        original = asked.original.latents(replace(asked.probe, samples=many), batch_size=asked.batch_size)
+        few, many = scorer.samples(asked.probe)
+        reference = asked.original.latents(replace(asked.probe, samples=many), batch_size=asked.batch_size)
 
         def screen(size: int) -> tuple[list[Call], dict[Key, float]]:
             calls = asked.original.spread_calls(replace(asked.probe, samples=few), scorer.timesteps, batch_size=size)
@@ -102,19 +119,17 @@ class _Race:
             operators=asked.operators,
             calls=calls,
             known=answers(asked.pipeline.denoiser, calls),
-            references=(Statistics.of(original[:few]), Statistics.of(original)),
+            reference=reference,
             samples=(few, many),
             rungs=[asked.crew.leaders(values), {}, {}, *([{}] if many > few else [])],
-            spent=(few + many) * steps + few * scorer.timesteps * (2 + 2 * scorer.projections),
+            spent=scorer.fixed(asked.probe),
         )
 
     def beliefs(self) -> dict[Key, Belief]:
         return beliefs(self.rungs)
 
     def unclear(self) -> list[Edit]:
-        """The edits that are measured next; none where the race is over."""
-        if self.spent >= self.scorer.allowance * len(self.asked.edits):
-            return []
+        """The edits that are measured next; none where the race is over, or what is left of the allowance is too little."""
         believed = self.beliefs()
         waiting = [edit for edit in self.asked.edits if key_of(edit) not in self.rungs[-1] and self._matters(edit, believed)]
         cuts, found = self._cuts(believed), dict[Key, Edit]()
@@ -122,24 +137,33 @@ class _Race:
             gaps = [(gap(believed[key_of(edit)], cut), edit) for edit in waiting]
             near = sorted((entry for entry in gaps if entry[0] < CLEAR), key=lambda entry: entry[0])
             found |= {key_of(edit): edit for _, edit in near[: math.ceil(AT_ONCE / len(cuts))]}
-        return list(found.values())
+        costs = itertools.accumulate(self._cost(self._next(edit)) for edit in found.values())
+        left = self.scorer.allowance * len(self.asked.edits) - self.spent
+        return [edit for edit, cost in zip(found.values(), costs, strict=True) if cost <= left]
 
     def send_up(self, edits: Sequence[Edit]) -> None:
         """Measure each on the rung above its highest."""
         by_rung: dict[int, list[Edit]] = {}
         for edit in edits:
-            by_rung.setdefault(max(place for place, rung in enumerate(self.rungs) if key_of(edit) in rung) + 1, []).append(edit)
-        few, many = self.samples
+            by_rung.setdefault(self._next(edit), []).append(edit)
+        measures = {1: self._output_error, 2: self._shift_of_few, 3: self._shift_of_many}
         for rung, going in sorted(by_rung.items()):
-            name, cost, measure = {
-                1: ("output", few * self.scorer.timesteps, self._output_error),
-                2: (f"latents of {few}", few * self.asked.probe.num_inference_steps, self._shift_of_few),
-                3: (f"latents of {many}", (many - few) * self.asked.probe.num_inference_steps, self._shift_of_many),
-            }[rung]
-            found = self.asked.ledger.measured(name, going, measure)
+            found = self.asked.ledger.measured(self._names()[rung], going, measures[rung])
             self.rungs[rung] |= {key: sum(values) for key, values in found.items()}
             self.terms |= {key: (values[0], values[1]) for key, values in found.items() if len(values) == 2}
-            self.spent += cost * len(going)
+            self.spent += self._cost(rung) * len(going)
+
+    def _next(self, edit: Edit) -> int:
+        return max(place for place, rung in enumerate(self.rungs) if key_of(edit) in rung) + 1
+
+    def _cost(self, rung: int) -> int:
+        """Denoiser passes of one sample to measure one edit there."""
+        (few, many), steps = self.samples, self.asked.probe.num_inference_steps
+        return {1: few * min(self.scorer.timesteps, steps), 2: few * steps, 3: (many - few) * steps}[rung]
+
+    def _names(self) -> tuple[str, ...]:
+        few, many = self.samples
+        return ("screen", "output", f"latents of {few}", f"latents of {many}")
 
     def errors(self) -> dict[Key, float]:
         """The error of the output, where it was not measured as the screen tells it."""
@@ -147,7 +171,6 @@ class _Race:
 
     def score(self, edit: Edit, belief: Belief, error: float, *, seconds: float) -> Score:
         mean, std = self.terms.get(key_of(edit), (None, None))
-        few, many = self.samples
         return Score(
             operator=edit.operator,
             replacement=edit.replacement,
@@ -156,7 +179,7 @@ class _Race:
             std_shift=std,
             output_error=min(error, BROKEN),
             seconds=seconds,
-            judged=("screen", "output", f"latents of {few}", f"latents of {many}")[belief.rung],
+            judged=self._names()[belief.rung],
             doubt=belief.doubt,
         )
 
@@ -188,7 +211,7 @@ class _Race:
 
     def _shift_of_few(self, edit: Edit) -> list[float]:
         self.latents[key_of(edit)] = made = self._generated(edit, self.asked.probe, self.samples[0])
-        return list(shifts(self.references[0], Statistics.of(made)))
+        return self._terms(made)
 
     def _shift_of_many(self, edit: Edit) -> list[float]:
         few, many = self.samples
@@ -196,7 +219,11 @@ class _Race:
         if first is None:  # another process, or an earlier run, has it
             first = self._generated(edit, self.asked.probe, few)
         others = self._generated(edit, shifted(self.asked.probe, few), many - few)
-        return list(shifts(self.references[1], Statistics.of(torch.cat([first, others]))))
+        return self._terms(torch.cat([first, others]))
+
+    def _terms(self, latents: Tensor) -> list[float]:
+        reference = self.reference[: len(latents)]
+        return list(shifts(Statistics.of(reference), Statistics.of(tamed(reference, latents))))
 
     def _generated(self, edit: Edit, probe: Probe, samples: int) -> Tensor:
         with torch.inference_mode(), self._changed(edit):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ldpruner.plans import Score
+from ldpruner.probes import Probe
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
 from ldpruner.surgery import trial
@@ -39,6 +40,26 @@ def shifts(reference: Statistics, modified: Statistics) -> tuple[float, float]:
     return (mean, std) if math.isfinite(mean + std) else (BROKEN, BROKEN)
 
 
+def distances(reference: Tensor, modified: Tensor) -> Tensor:
+    """||r_i - m_i||_2 for each sample, `(samples,)`."""
+    moved: Tensor = torch.linalg.vector_norm((modified - reference).flatten(1), dim=1)
+    return moved
+
+
+def within_reach(reference: Tensor, modified: Tensor, limit: float) -> Tensor:
+    """`modified`, with samples that lie farther than `limit` from their reference drawn up to there."""
+    moved = distances(reference, modified)
+    share = (limit / moved.clamp(min=limit)).nan_to_num(1.0)
+    return reference + (modified - reference) * share.view(-1, *[1] * (reference.dim() - 1))
+
+
+def tamed(reference: Tensor, modified: Tensor) -> Tensor:
+    """`modified`, with no sample farther from its reference than `FAR` times the median of all."""
+    limit = FAR * float(distances(reference, modified).median())
+    return within_reach(reference, modified, limit) if 0 < limit < math.inf else modified
+
+
+FAR = 2.0  # times the median movement: what moves farther has become another picture
 BROKEN = 1e30  # latents that are not finite: worse than anything, and still a number in JSON
 
 
@@ -57,10 +78,19 @@ class PaperScorer(Scorer):
     watched: int = 8
     timesteps: int = 4
 
+    def cost(self, edits: int, probe: Probe) -> int:
+        """Denoiser passes of one sample that so many edits cost; guidance doubles them."""
+        whole, few = probe.samples * probe.num_inference_steps, self._few(probe)
+        seen = few * min(self.timesteps, probe.num_inference_steps)
+        return (edits + 1) * (whole + seen) + few * probe.num_inference_steps
+
+    def _few(self, probe: Probe) -> int:
+        return min(math.ceil(probe.samples / 2), self.watched)
+
     def scores(self, asked: Asked) -> Iterator[Score]:
         original = asked.original
         reference = Statistics.of(original.latents(asked.probe, batch_size=asked.batch_size))
-        few = replace(asked.probe, samples=min(math.ceil(asked.probe.samples / 2), self.watched))
+        few = replace(asked.probe, samples=self._few(asked.probe))
         calls = original.spread_calls(few, self.timesteps, batch_size=asked.batch_size)
         known = answers(asked.pipeline.denoiser, calls)
         for edit in asked.mine:

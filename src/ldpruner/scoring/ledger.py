@@ -32,7 +32,7 @@ class Ledger:
     def measured(self, kind: str, edits: Sequence[Edit], measure: Callable[[Edit], list[float]]) -> dict[Key, list[float]]:
         """The numbers of every edit: those that are not known yet are measured, shared out among the processes."""
         missing = [edit for edit in edits if (kind, key_of(edit)) not in self._known]
-        mine: Iterable[Edit] = self.crew.share(missing)
+        mine: Iterable[Edit] = self.crew.share(missing, done=len(self._known))
         found = dict[tuple[str, Key], list[float]]()
         for edit in self.watch(mine, len(edits) - len(missing), len(edits)) if self.watch and missing else mine:
             found[kind, key_of(edit)] = measure(edit)
