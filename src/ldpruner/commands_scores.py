@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +34,8 @@ from ldpruner.probes import Probe
 if TYPE_CHECKING:
     from ldpruner.runs import Scored
     from ldpruner.selection import Row
+
+log = logging.getLogger(__name__)
 
 READ_BY_TABLE = {"run", "table", "quantity", "selection", "protect_ends", "stage_cap", "apart", "replacements", "as_json"}
 
@@ -104,6 +108,7 @@ def score(
         batch_size=batch_size,
         crew=crew,
         progress=progress if crew.leads else None,
+        tell=partial(click.echo, err=True) if crew.leads else log.debug,
     )
     crew.leave()
     if not crew.leads:

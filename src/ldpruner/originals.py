@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ldpruner.arrangements import channels_last
 from ldpruner.errors import ArtifactError
 from ldpruner.files import cache_folder
 from ldpruner.operators.timing import device_of
@@ -43,7 +44,7 @@ class Original:
     def latents(self, probe: Probe, *, batch_size: int | None = None) -> Tensor:
         """See `Pipeline.latents`."""
         probe = self.pipeline.completed(probe)
-        return self._kept(["latents", *_asked(probe, batch_size)], lambda: self.pipeline.latents(probe, batch_size=batch_size))
+        return self._kept(["latents", *self._asked(probe, batch_size)], lambda: self.pipeline.latents(probe, batch_size=batch_size))
 
     def spread_calls(self, probe: Probe, count: int, *, batch_size: int | None = None) -> list[Call]:
         """See `trajectories.spread_calls`."""
@@ -52,7 +53,12 @@ class Original:
         def made() -> list[tuple[Any, Any]]:
             return [(call.args, call.kwargs) for call in spread_calls(self.pipeline, probe, count, batch_size=batch_size)]
 
-        return [Call(*each) for each in self._kept(["calls", count, *_asked(probe, batch_size)], made)]
+        return [Call(*each) for each in self._kept(["calls", count, *self._asked(probe, batch_size)], made)]
+
+    def _asked(self, probe: Probe, batch_size: int | None) -> list[Any]:
+        """All that decides the bits of what a probe gives: how many samples and threads add up together, in which order, too."""
+        laid = channels_last(self.pipeline.denoiser)
+        return [probe.to_json(), batch_size or probe.samples, torch.get_num_threads(), laid]
 
     def _kept(self, asked: Sequence[Any], make: Callable[[], T]) -> T:
         return kept(cache_folder() / "originals" / self.digest[:32], asked, make, device_of(self.pipeline.denoiser))
@@ -74,11 +80,6 @@ def kept(folder: Path, asked: Sequence[Any], make: Callable[[], T], device: torc
     except (TypeError, ArtifactError) as error:  # nothing is lost but time
         log.info("not kept for the next run: %s", error)
     return made if held is None else unpacked(held, device)  # laid in memory as the next run will find it: the same bits follow
-
-
-def _asked(probe: Probe, batch_size: int | None) -> list[Any]:
-    """All that decides the bits of what a probe gives: how many samples and threads add up together too."""
-    return [probe.to_json(), batch_size or probe.samples, torch.get_num_threads()]
 
 
 def pipeline_digest(pipeline: Pipeline) -> str:

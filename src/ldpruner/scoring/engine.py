@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ldpruner.arrangements import Tell, fastest
 from ldpruner.errors import OperatorError, RunError
 from ldpruner.fitting import Weights, fit_pointwise, pointwise_wanted
 from ldpruner.memory import samples_at_once
@@ -22,6 +24,8 @@ from ldpruner.runs import Scored, read_scored
 from ldpruner.scoring.base import CUTS, SCORERS, Asked, Scorer, Targets
 from ldpruner.scoring.keeping import Store, read_fitted
 from ldpruner.scoring.ledger import Key, Ledger, key_of
+
+log = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[Any], int, int], Iterable[Any]]  # scores or edits to come, done before, in all
 
@@ -57,13 +61,15 @@ def score(
     batch_size: int | None = None,
     crew: Crew = Crew(),  # noqa: B008  frozen
     progress: Progress | None = None,
+    tell: Tell = log.info,
 ) -> Run:
     """Score every operator with every replacement that fits it, and return the run.
 
     With `out`, each score is appended there as it comes, and what an earlier run left there is kept. `replacements` limits
     what is tried. `budget` says what the scores are for, so that a method which can spends its time there; by default 80, 65 and
     50 % of the latency. `batch_size` is by default as many samples as memory holds. The processes of a `crew` share the work,
-    and each returns the same run. Raises `RunError` where `out` holds scores of other weights, another probe or another method.
+    and each returns the same run. `tell` is told how the denoiser is run, see `arrangements`. Raises `RunError` where `out` holds
+    scores of other weights, another probe or another method.
     """
     scorer = SCORERS[method]()
     if probe.samples < 2:
@@ -81,7 +87,9 @@ def score(
     }
     store = Store(out, header, crew.rank) if out else None
     ledger = Ledger(out, crew, progress)  # before the first thing that processes wait for: all read the same
-    work = _Work(pipeline=pipeline, probe=probe, replacements=replacements, crew=crew, store=store, batch_size=batch_size)
+    work = _Work(
+        pipeline=pipeline, probe=probe, replacements=replacements, crew=crew, store=store, batch_size=batch_size, tell=tell
+    )
     operators = work.operators(operators)
     edits = work.edits(operators)
     asked = Asked(
@@ -125,6 +133,7 @@ class _Work:
     crew: Crew
     store: Store | None
     batch_size: int | None
+    tell: Tell
 
     def operators(self, given: Operators | None) -> Operators:
         """Discovered once: every process is to see the same times. None measures before all have read what the folder holds."""
@@ -158,9 +167,11 @@ class _Work:
         wanted = {key_of(edit) for edit in asked.edits}
         known = {entry.key: entry for entry in (self.store.scores() if self.store else []) if entry.key in wanted}
         to_do = [edit for edit in asked.edits if key_of(edit) not in known]
-        coming = scorer.scores(replace(asked, edits=to_do)) if to_do else iter(())
-        found: dict[Key, Score] = {}
-        with encoding_once(self.pipeline):
+        if not to_do:
+            return tuple(known[key_of(edit)] for edit in asked.edits)
+        coming, found = scorer.scores(replace(asked, edits=to_do)), dict[Key, Score]()
+        call = self.pipeline.call(self.probe, samples=min(self.probe.samples, asked.batch_size or self.probe.samples))
+        with encoding_once(self.pipeline), fastest(self.pipeline.denoiser, call, self.crew, self.tell):
             for entry in progress(coming, len(known), len(asked.edits)) if progress else coming:
                 found[entry.key] = entry
                 if self.store:
