@@ -31,4 +31,5 @@ WAYS = {
     "laptop-diff": Way(title="LAPTOP-Diff's knapsack", scorer="output-mse", selection="exact"),  # rises that add up, in a knapsack
     "bk-sdm": Way(title="BK-SDM's scheme", scorer="bk-sdm"),
     "ends-and-spread": Way(title="keep the ends and spread", scorer="ends-and-spread"),
+    "ld-pruner, improved": Way(title="fast scores, the plan improved", scorer="fast", selection="improved"),
 }

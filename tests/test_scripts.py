@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import runpy
 import shutil
@@ -16,10 +17,12 @@ from diffusers import VQModel
 from PIL import Image
 
 from conftest import tiny_ldm
-from ldpruner import Pipeline
+from ldpruner import Pipeline, Probe
 from ldpruner.files import read_json_lines
 from ldpruner.pipelines import locate
 from ldpruner.reporting import percent
+from ldpruner.scoring.fast import FastScorer
+from ldpruner.scoring.latent import PaperScorer
 
 ROOT = Path(__file__).parent.parent
 FEW = {
@@ -219,6 +222,28 @@ def test_both_ways_of_scoring_are_counted_and_compared(
         assert budget["fast_to_paper"] == fast / paper
         assert 0 <= budget["agreed"] <= 1
         assert all(movement > 0 for movement in budget["geometric_mean_movements"])
+
+
+@pytest.mark.slow
+def test_growth_is_counted_drawn_and_told_of_a_size_that_no_machine_here_runs(
+    script: Callable[..., None], ldm_folder: Path, tmp_path: Path
+) -> None:
+    few = ["--samples", "8", "--steps", "2", "--halvings", "1"]
+    script(ROOT / "benchmarks" / "scoring_growth.py", *few, "--model", ldm_folder, "--out", tmp_path / "growth")
+    made = json.loads((tmp_path / "growth" / "growth.json").read_text())
+    assert {name: [entry[key] for entry in made["points"][name]] for name, key in (("samples", "samples"), ("steps", "steps"))} == {
+        "samples": [4, 8],
+        "steps": [1, 2],
+    }
+    first, last = made["points"]["operators"]
+    assert first["edits"] == math.ceil(last["edits"] / 2)
+    assert last["paper"]["passes"] == PaperScorer().cost(last["edits"], Probe(samples=8, num_inference_steps=2))
+    assert 0.5 < made["growth"]["steps"]["paper"]["passes"] < 1.1
+    size = made["stable_diffusion_1_5"]
+    assert size["parameters"] == 859_520_964
+    assert size["fast_at_most"] == FastScorer().cost(size["edits"], Probe(samples=8, num_inference_steps=2)) < size["edits"] * 81
+    with Image.open(tmp_path / "growth" / "growth.png") as picture:
+        assert picture.size[0] > 1000
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ def plan(
     `selection` names a ranking or an objective, or `sweep`: a plan by each. Of these the three with the least joint latent
     shift are measured, and the one that shifts least then (after repair, where that is wanted) is taken; of those that shift
     alike the one with the fewest edits, which leaves the least to recover. A sample that turns into another picture counts there
-    as moved by at most twice the median: which ones do is chance. Scores are taken one operator at a time and do not
+    as moved by at most four times the median: which ones do is chance. Scores are taken one operator at a time and do not
     tell which plan is best together; a generation by each does, and costs next to nothing. `improved` changes the best of the
     sweep's plans further, see `improving`, at some hundred generations more; it competes with the others.
 

@@ -53,9 +53,9 @@ class FastScorer(Scorer):
     """
 
     budgeted: ClassVar[bool] = True
-    few: int = 4
+    few: int = 8
     timesteps: int = 4
-    projections: int = 4
+    projections: int = 2
     allowance: float = 40.0
 
     def cost(self, edits: int, probe: Probe) -> int:

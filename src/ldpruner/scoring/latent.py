@@ -59,7 +59,7 @@ def tamed(reference: Tensor, modified: Tensor) -> Tensor:
     return within_reach(reference, modified, limit) if 0 < limit < math.inf else modified
 
 
-FAR = 2.0  # times the median movement: what moves farther has become another picture
+FAR = 4.0  # times the median movement: what moves farther has become another picture
 BROKEN = 1e30  # latents that are not finite: worse than anything, and still a number in JSON
 
 
