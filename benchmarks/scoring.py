@@ -8,6 +8,7 @@ rank correlation and, for latency 80, 65 and 50 % as the operators' times predic
 the joint latent shift of each on other samples. Few samples that turn into other pictures can make up most of that; what samples
 move by in the geometric mean stands beside it. An edit that is in one set only counts as agreed on where its score lies within
 the noise of the paper's score of the cut: two standard deviations between two seeds, told by scoring those near the cut again.
+Beside the paper's order by either scores stand plans by the fast scores that are chosen by joint shift, and their passes.
 
 Scores of the paper's way are kept in the folder `--work`: a run that stopped goes on there. Each of them costs the same, so what
 one costs is measured in this run and multiplied; `seconds_told` is the sum of what each took when it was scored. The fast way runs
@@ -26,7 +27,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,17 @@ from scipy.stats import spearmanr
 
 import ldpruner
 from ldpruner.environment import environment, peak_since_reset, release_memory, reset_peak
+from ldpruner.improving import improve
+from ldpruner.judging import JointShift
 from ldpruner.operators.timing import device_of
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Score
+from ldpruner.planning import JUDGED_ON
+from ldpruner.plans import Edit, Quantity, Score
 from ldpruner.probes import Probe
 from ldpruner.scoring import SCORERS, Asked, Run, score
 from ldpruner.scoring.latent import distances, latent_shift
-from ldpruner.selection import choose
+from ldpruner.selection import SWEEP, choice_of, choose, chosen_in, selections_of
+from ldpruner.selection.choice import Chosen
 from ldpruner.surgery import pruned_view
 from ldpruner.trajectories import counted
 
@@ -50,7 +55,7 @@ APART = 5_000  # from the seeds that score to those that judge
 SEED = 10_000  # of the second opinion
 
 Key = tuple[str, str]
-Moved = Callable[[Sequence[Edit]], tuple[float, float]]
+Moves = tuple[float, float]  # the joint latent shift of a plan, and what samples move by in the geometric mean
 
 
 def main() -> None:
@@ -151,16 +156,20 @@ def decisions(pipeline: Pipeline, paper: Run, fast: Run, options: argparse.Names
     judge = replace(pipeline.varied(paper.probe), samples=options.judged, seed=paper.probe.seed + APART)
     reference = pipeline.latents(judge, batch_size=options.batch_size)
 
-    def moved(edits: Sequence[Edit]) -> tuple[float, float]:
+    def moved(edits: Sequence[Edit]) -> Moves:
         """The joint latent shift, and the geometric mean of what samples move by, in which no single one counts for much."""
-        with pipeline.with_denoiser(pruned_view(pipeline.denoiser, edits, paper.fitted)):
+        with torch.inference_mode(), pipeline.with_denoiser(pruned_view(pipeline.denoiser, edits, paper.fitted)):
             latents = pipeline.latents(judge, batch_size=options.batch_size)
         return latent_shift(reference, latents), float(distances(reference, latents).clamp(min=1e-12).log().mean().exp())
 
-    return {"noise_of_a_logarithm": noise, "budgets": [budget(share, paper, fast, noise, moved) for share in SHARES]}
+    budgets = [budget(share, paper, fast, noise, moved) for share in SHARES]
+    for entry in budgets:
+        chooser = Chooser(pipeline=pipeline, run=fast, share=entry["latency"], improved_on=options.improved)
+        entry["chosen_jointly"] = chooser.compared(moved, entry["joint_shifts"][0])
+    return {"noise_of_a_logarithm": noise, "budgets": budgets}
 
 
-def budget(share: float, paper: Run, fast: Run, noise: float, moved: Moved) -> dict[str, Any]:
+def budget(share: float, paper: Run, fast: Run, noise: float, moved: Callable[[Sequence[Edit]], Moves]) -> dict[str, Any]:
     """What the paper's order takes for one share of the latency, by the scores of each way."""
     mine, other = (choose(paper.operators, run.scores, {"latency": share}) for run in (paper, fast))
     sets = [{(e.operator, e.replacement) for e in choice.edits if e.reason == "chosen"} for choice in (mine, other)]
@@ -174,6 +183,64 @@ def budget(share: float, paper: Run, fast: Run, noise: float, moved: Moved) -> d
         "fast_to_paper_by_movement": movements[1] / movements[0],
         "agreed": agreed(sets[0], sets[1], {entry.key: entry for entry in paper.scores}, noise),
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chooser:
+    """Plans from the fast scores that are chosen by their joint shift, for one share of the latency as operators' times predict it.
+
+    As planning has it, but that no latency is measured: a plan by each ranking and objective, of which the one that shifts least
+    is taken (`sweep`); and that plan improved, where `improved_on` says on how many samples. Judges see none of the samples that
+    the plans are compared on here.
+    """
+
+    pipeline: Pipeline
+    run: Run
+    share: float
+    improved_on: int
+
+    def compared(self, moved: Callable[[Sequence[Edit]], Moves], papers: float) -> dict[str, Any]:
+        """Each joint shift, beside that of the plan by the paper's scores and order, and the passes that it took to choose."""
+        result: dict[str, Any] = {}
+        with counted(self.pipeline.denoiser) as passes:
+            name, edits = self.swept()
+        result["sweep"] = {"selection": name, **self.figures(moved, edits, papers), "passes": passes.count}
+        if self.improved_on:
+            with counted(self.pipeline.denoiser) as passes:
+                edits = self.improved(edits)
+            result["improved"] = {**self.figures(moved, edits, papers), "passes": passes.count}
+        return result
+
+    def figures(self, moved: Callable[[Sequence[Edit]], Moves], edits: Sequence[Edit], papers: float) -> dict[str, Any]:
+        shift, movement = moved(edits)
+        chosen = sum(edit.reason == "chosen" for edit in edits)
+        return {"edits": chosen, "joint_shift": shift, "to_paper": shift / papers, "geometric_mean_movement": movement}
+
+    def judge(self, samples: int, apart: int, edits: Sequence[Edit]) -> JointShift:
+        seed = self.run.probe.seed + apart
+        judge = JointShift.on(self.pipeline, self.run.probe, samples=samples, seed=seed, batch_size=None)
+        return judge.tamed(edits, self.run.fitted)
+
+    def swept(self) -> tuple[str, Sequence[Edit]]:
+        plans: dict[tuple[Edit, ...], str] = {}
+        for name in selections_of(SWEEP, self.run.scores):
+            plans.setdefault(choose(self.run.operators, self.run.scores, self.targets, selection=name).edits, name)
+        judge = self.judge(JUDGED_ON, 3 * APART, next(iter(plans)))
+        edits = min(plans, key=lambda edits: judge.of(edits, self.run.fitted))
+        return plans[edits], edits
+
+    def improved(self, edits: Sequence[Edit]) -> Sequence[Edit]:
+        operators, scores, judge = self.run.operators, self.run.scores, self.judge(self.improved_on, 2 * APART, edits)
+
+        def shift(chosen: Chosen) -> float:
+            return judge.of(choice_of(chosen, operators, scores, {}).edits, self.run.fitted)
+
+        found = improve(chosen_in(edits, operators), operators, scores, self.targets, judge=shift)
+        return choice_of(found.chosen, operators, scores, {}).edits
+
+    @property
+    def targets(self) -> dict[Quantity, float]:
+        return {"latency": self.share}
 
 
 def agreed(mine: set[Key], other: set[Key], scores: Mapping[Key, Score], noise: float) -> float:
@@ -203,6 +270,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--judged", type=int, default=256, help="other samples that judge the plans")
     parser.add_argument("--noise", type=int, default=16, help="edits that are scored with a second seed")
+    parser.add_argument("--improved", type=int, default=0, help="samples on which plans are improved too; it takes long")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
