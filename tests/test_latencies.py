@@ -267,3 +267,20 @@ def test_plans_that_leave_room_for_repair_are_read_apart(ldm: Pipeline, operator
     assert len(readings_on(ldm, call, operators).held) == 1
     assert readings_on(ldm, call, operators, "closed-form").held == []
     assert readings_on(ldm, ldm.call(PROBE, samples=2), operators).held == [], "nor is another batch"
+
+
+def test_a_random_plan_that_does_not_run_is_passed_over(
+    calibrated: Callable[[int], Readings], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    whole, asked = Bench.measure, list[int]()
+
+    def measure(self: Bench, edits: Sequence[Edit], *, rounds: int) -> Measurement:
+        asked.append(len(edits))
+        if len(asked) == 2:
+            raise RuntimeError("The size of tensor a (3) must match")
+        return whole(self, edits, rounds=rounds)
+
+    monkeypatch.setattr(Bench, "measure", measure)
+    assert len(calibrated(3).held) == 2
+    assert "does not run, and tells nothing: The size of tensor a" in caplog.text

@@ -247,6 +247,18 @@ def test_growth_is_counted_drawn_and_told_of_a_size_that_no_machine_here_runs(
 
 
 @pytest.mark.slow
+def test_several_processes_are_timed_against_one(
+    script: Callable[..., None], ldm_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--samples", "2", "--steps", "1", "--every", "12", "--rounds", "1"]
+    script(ROOT / "benchmarks" / "scoring_processes.py", *few, "--model", ldm_folder)
+    made = json.loads(capsys.readouterr().out)
+    (one,), (two,) = made["seconds"]["1"], made["seconds"]["2"]
+    assert made["times_faster"] == one / two
+    assert made["ideal"] > 0
+
+
+@pytest.mark.slow
 def test_predicted_latencies_are_compared_with_those_measured_twice(
     script: Callable[..., None], ldm_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
