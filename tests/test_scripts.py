@@ -209,7 +209,7 @@ def test_the_demo_and_the_benchmarks_run_reduced(script: Callable[..., None], ld
 def test_both_ways_of_scoring_are_counted_and_compared(
     script: Callable[..., None], ldm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["--samples", "4", "--steps", "2", "--judged", "4", "--noise", "2"]
+    few = ["--samples", "4", "--steps", "2", "--judged", "4", "--noise", "2", "--improved", "2"]
     script(ROOT / "benchmarks" / "scoring.py", *few, "--model", ldm_folder, "--work", tmp_path / "work")
     made = json.loads(capsys.readouterr().out)
     reference, beside = 4 * 2 + 2 * 2 + 2 * 2, 2 * 2  # four samples; two for the output's error, recorded and asked at both steps
@@ -222,6 +222,11 @@ def test_both_ways_of_scoring_are_counted_and_compared(
         assert budget["fast_to_paper"] == fast / paper
         assert 0 <= budget["agreed"] <= 1
         assert all(movement > 0 for movement in budget["geometric_mean_movements"])
+        jointly = budget["chosen_jointly"]
+        assert jointly.keys() == ({"sweep", "improved"} if budget["latency"] == 0.65 else {"sweep"})
+        for chosen in jointly.values():
+            assert chosen["to_paper"] == chosen["joint_shift"] / paper
+            assert chosen["passes"] > 0
 
 
 @pytest.mark.slow
