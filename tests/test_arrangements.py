@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,13 @@ import torch
 from conftest import PROBE, Command
 from ldpruner import arrangements
 from ldpruner.arrangements import arranges, channels_last, channels_last_ratio, fastest
+from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
+from ldpruner.plans import Edit
+from ldpruner.probes import Probe
 from ldpruner.processes import Crew
 from ldpruner.scoring import score
+from ldpruner.surgery import trial, uncompiled
 
 
 @pytest.mark.parametrize(("ratio", "laid"), [(0.8, True), (0.99, False), (1.3, False)])
@@ -62,7 +68,7 @@ def test_scores_are_the_same_either_way(ldm: Pipeline, monkeypatch: pytest.Monke
     made = []
     for ratio in (0.5, 1.0):
         monkeypatch.setattr(arrangements, "channels_last_ratio", lambda *_, ratio=ratio: ratio)
-        made.append([entry.score for entry in score(ldm, PROBE, replacements=["identity"]).scores])
+        made.append([entry.score for entry in score(ldm, PROBE, replacements=["shortcut"]).scores])
     assert made[0] == pytest.approx(made[1], rel=1e-4, abs=1e-5)
 
 
@@ -71,3 +77,90 @@ def test_the_command_says_what_was_measured(command: Command, ldm_folder: str, t
     code, _, err = command("score", str(ldm_folder), "--out", f"{tmp_path}/run", *words)
     assert code == 0
     assert "Measured: with channels last a denoiser call takes" in err
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> None:
+    """What other tests compiled is not taken for what this one asks."""
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def compiling(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Compiling is worth it however short the run, and takes PyTorch's tracing but no compiler; which blocks ran so."""
+    ran: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        def run(*args: object) -> object:
+            ran.append("compiled")
+            return graph.forward(*args)
+
+        return run
+
+    monkeypatch.setattr(arrangements, "COMPILED_S", 0.0)
+    monkeypatch.setattr(arrangements, "COMPILING", {"backend": backend})
+    return ran
+
+
+def test_blocks_are_compiled_where_that_pays_and_forgotten_afterwards(
+    ldm: Pipeline, monkeypatch: pytest.MonkeyPatch, compiling: list[str]
+) -> None:
+    call, told = ldm.call(PROBE), list[str]()
+    wanted = call.run(ldm.denoiser)[0]
+    whole = arrangements.compiled_ratio
+    for ratio, stays in ((0.7, True), (0.99, False)):
+        monkeypatch.setattr(arrangements, "compiled_ratio", lambda *args, ratio=ratio: (ratio, whole(*args)[1]))
+        with fastest(ldm.denoiser, call, Crew(), told.append, calls=10), torch.inference_mode():
+            assert any(block._compiled_call_impl for block in ldm.denoiser.modules()) is stays
+            compiling.clear()
+            assert torch.allclose(call.run(ldm.denoiser)[0], wanted, atol=1e-5)
+            assert bool(compiling) is stays
+        assert not any(block._compiled_call_impl for block in ldm.denoiser.modules())
+    assert "of compiling its blocks a denoiser call takes 70% of its time; scoring runs so." in told[1]
+    assert told[3].endswith("scoring runs as it is.")
+
+
+def test_an_edited_block_runs_as_it_is_written(ldm: Pipeline, compiling: list[str]) -> None:
+    for block in arrangements.blocks_of(ldm.denoiser):
+        block.compile(dynamic=False, **arrangements.COMPILING)
+    edit = Edit(operator="up_blocks.0.resnets.0.conv1", replacement="zero", options=zero_of(ldm, "up_blocks.0.resnets.0.conv1"))
+    up, call = ldm.denoiser.get_submodule("up_blocks.0"), ldm.call(PROBE)
+    with torch.inference_mode():
+        with trial(ldm.denoiser, [edit]):
+            assert up._compiled_call_impl is None
+            assert ldm.denoiser.get_submodule("mid_block")._compiled_call_impl is not None
+            changed = call.run(ldm.denoiser)[0]
+        assert up._compiled_call_impl is not None
+        with uncompiled(ldm.denoiser.modules()), trial(ldm.denoiser, [edit]):
+            assert torch.allclose(call.run(ldm.denoiser)[0], changed, atol=1e-5)
+    assert compiling
+
+
+def zero_of(pipeline: Pipeline, name: str) -> dict[str, Any]:
+    operator = discover(pipeline.denoiser, pipeline.call(PROBE), timing_repeats=0)[name]
+    return dict(operator.candidate("zero").options)
+
+
+def test_where_nothing_compiles_scoring_runs_as_it_is(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(*_: object) -> object:
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(arrangements, "COMPILED_S", 0.0)
+    monkeypatch.setattr(arrangements, "COMPILING", {"backend": refusing})
+    told: list[str] = []
+    with fastest(ldm.denoiser, ldm.call(PROBE), Crew(), told.append, calls=10):
+        ldm.call(PROBE).run(ldm.denoiser)
+    assert "does not run; scoring runs as it is." in told[-1]
+
+
+@pytest.mark.slow
+def test_compiled_or_not_scores_are_the_same(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch, compiling: list[str]) -> None:
+    probe = Probe(samples=4, num_inference_steps=2)
+    made = []
+    for threshold in (math.inf, 0.0):
+        monkeypatch.setattr(arrangements, "COMPILED_S", threshold)
+        monkeypatch.setattr(arrangements, "WORTH_IT", math.inf)
+        run = score(ldm, probe, method="fast", replacements=["shortcut"], budget={"macs": "80%"})
+        made.append([entry.score for entry in run.scores])
+        assert bool(compiling) is not bool(threshold)
+    assert made[0] == pytest.approx(made[1], rel=1e-4, abs=1e-5)

@@ -1,13 +1,16 @@
-"""How a denoiser's weights lie in memory fastest on this device: measured, before it runs many thousand times."""
+"""How a denoiser runs fastest on this device: measured, before it runs many thousand times."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
+import math
 import statistics
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,29 +27,94 @@ log = logging.getLogger(__name__)
 ROUNDS = 3  # in each of which either arrangement is timed, `CALLS` calls in a row
 CALLS = 3
 WORTH_IT = 0.97  # of the time as it is: a smaller saving is not told from noise
+COMPILED_S = 1800.0  # of calls below which compiling, which takes minutes, is not tried
+COMPILING: dict[str, Any] = {}  # how: as PyTorch has it by default
+MANY = 8  # modules in what counts as a block
 
 Tell = Callable[[str], None]
 
 
 @contextmanager
-def fastest(denoiser: nn.Module, call: Call, crew: Crew, tell: Tell) -> Iterator[None]:
-    """While the block runs, convolutions' weights lie channels-last where calls are faster so; `tell` is told what was measured.
+def fastest(denoiser: nn.Module, call: Call, crew: Crew, tell: Tell, *, calls: float = 0.0) -> Iterator[None]:
+    """While the block runs, the denoiser is arranged as it was measured to be fastest, for so many calls; `tell` is told.
 
-    It is measured once on a device, and kept: what the arrangements compute differs in the last bits, so that a run is to go on
-    as it began. For the same reason the first process of a crew decides for all.
+    Convolutions' weights lie channels-last where that saves time; that is measured once on a device, and kept. Where the calls
+    would take `COMPILED_S` seconds and more, its blocks are compiled, and stay so if that saves time. What the arrangements
+    compute differs in the last bits: so the first process of a crew decides for all.
     """
+    with _laid(denoiser, call, crew, tell), _compiled(denoiser, call, crew, tell, calls):
+        yield
+
+
+@contextmanager
+def _laid(denoiser: nn.Module, call: Call, crew: Crew, tell: Tell) -> Iterator[None]:
     if not arranges(denoiser):
         yield
         return
     ratio = crew.leaders(_kept_ratio(denoiser, call) if crew.leads else None)
     change = ratio <= WORTH_IT
-    saying = "scoring runs so" if change else "scoring runs as it is"
-    tell(f"Measured: with channels last a denoiser call takes {ratio * 100:.0f}% of its time; {saying}.")
+    tell(_told("with channels last", ratio, change))
     _lay(denoiser, torch.channels_last if change else torch.contiguous_format)
     try:
         yield
     finally:
         _lay(denoiser, torch.contiguous_format)
+
+
+@contextmanager
+def _compiled(denoiser: nn.Module, call: Call, crew: Crew, tell: Tell, calls: float) -> Iterator[None]:
+    blocks = [] if any(block._compiled_call_impl for block in denoiser.modules()) else blocks_of(denoiser)
+    each = crew.leaders(_seconds(denoiser, call) if crew.leads and blocks and calls else 0.0 if crew.leads else None)
+    if each * calls < COMPILED_S:
+        yield
+        return
+    try:
+        ratio, spent = compiled_ratio(denoiser, blocks, call, each)
+        ratio = crew.leaders(ratio if crew.leads else None)
+        tell(_told(f"after {spent:.0f} s of compiling its blocks", ratio, ratio <= WORTH_IT))
+        if ratio > WORTH_IT:
+            _forget(blocks)
+        yield
+    finally:
+        _forget(blocks)
+
+
+def compiled_ratio(denoiser: nn.Module, blocks: Sequence[nn.Module], call: Call, before: float) -> tuple[float, float]:
+    """The time of a call with compiled blocks, to `before`, and the seconds of compiling; infinite where it cannot be done here."""
+    began = time.perf_counter()
+    for block in blocks:
+        block.compile(dynamic=False, **COMPILING)
+    try:
+        with torch.inference_mode():
+            call.run(denoiser)
+        spent = time.perf_counter() - began
+        return _seconds(denoiser, call) / before, spent
+    except Exception as error:  # whatever a compiler, or the lack of one, raises
+        log.info("blocks cannot be compiled here: %s", error)
+        return math.inf, time.perf_counter() - began
+
+
+def blocks_of(denoiser: nn.Module) -> list[nn.Module]:
+    """The blocks of a denoiser: what its lists hold, and what stands beside them and has parts."""
+    blocks: list[nn.Module] = []
+    for child in denoiser.children():
+        blocks += list(child) if isinstance(child, nn.ModuleList) else [child] if len(list(child.modules())) > MANY else []
+    return blocks
+
+
+def _forget(blocks: Iterable[nn.Module]) -> None:
+    for block in blocks:
+        block._compiled_call_impl = None
+
+
+def _told(how: str, ratio: float, change: bool) -> str:
+    share = f"takes {ratio * 100:.0f}% of its time" if ratio < math.inf else "does not run"
+    return f"Measured: {how} a denoiser call {share}; scoring runs {'so' if change else 'as it is'}."
+
+
+@torch.inference_mode()
+def _seconds(denoiser: nn.Module, call: Call) -> float:
+    return min(seconds(lambda: call.run(denoiser), device_of(denoiser)) for _ in range(CALLS))
 
 
 def _lay(denoiser: nn.Module, memory_format: torch.memory_format) -> None:
@@ -90,6 +158,6 @@ def channels_last_ratio(denoiser: nn.Module, call: Call) -> float:
         taken = []
         for memory_format in (torch.channels_last, torch.contiguous_format):
             _lay(denoiser, memory_format)
-            taken.append(min(seconds(lambda: call.run(denoiser), device_of(denoiser)) for _ in range(CALLS)))
+            taken.append(_seconds(denoiser, call))
         ratios.append(taken[0] / taken[1])
     return statistics.median(ratios)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -58,13 +58,37 @@ def prune_(denoiser: nn.Module, plan: Plan, *, fitted: Fitted | None = None) -> 
 
 @contextmanager
 def trial(denoiser: nn.Module, edits: Sequence[Edit], *, fitted: Fitted | None = None) -> Iterator[nn.Module]:
-    """The denoiser with its stand-ins, for as long as the block runs; always restored."""
+    """The denoiser with its stand-ins, for as long as the block runs; always restored.
+
+    Compiled blocks that hold one run as they are written: compiling each anew would take longer than it saves.
+    """
     originals = _swap_in(denoiser, edits, fitted or {})
     try:
-        yield denoiser
+        with uncompiled(_around(denoiser, originals)):
+            yield denoiser
     finally:
         for path, module in originals.items():
             place(denoiser, path, module)
+
+
+def _around(denoiser: nn.Module, paths: Iterable[str]) -> Iterator[nn.Module]:
+    """Every module that holds one of these paths."""
+    for path in paths:
+        parts = path.split(".")
+        yield from (denoiser.get_submodule(".".join(parts[:count])) for count in range(len(parts)))
+
+
+@contextmanager
+def uncompiled(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While the block runs, modules that `torch.nn.Module.compile` was called on run as they are written."""
+    compiled = {module: module._compiled_call_impl for module in modules if module._compiled_call_impl is not None}
+    for module in compiled:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, code in compiled.items():
+            module._compiled_call_impl = code
 
 
 def check_edits(denoiser: nn.Module, edits: Sequence[Edit], call: Call) -> None:

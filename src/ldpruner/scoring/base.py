@@ -50,6 +50,10 @@ class Scorer(Protocol):
 
     budgeted: ClassVar[bool] = False  # whether scores depend on the targets that they are for
 
+    def cost(self, edits: int, probe: Probe) -> int:
+        """Denoiser passes of one sample that so many edits cost at most; 0 where they are too few to prepare for."""
+        return 0
+
     def scores(self, asked: Asked) -> Iterator[Score]:
         """One score per edit, in order, each given out as soon as it is known; the denoiser is as before in between.
 

@@ -13,7 +13,7 @@ from torch import nn
 from ldpruner.plans import Edit, Score
 from ldpruner.scoring.latent import BROKEN
 from ldpruner.scoring.ledger import Key, key_of
-from ldpruner.surgery import Fitted, trial
+from ldpruner.surgery import Fitted, trial, uncompiled
 
 Seen = Callable[[Any, Mapping[Key, Any]], Any]  # an operator's output and its stand-ins', to what goes on instead, or None
 
@@ -52,7 +52,10 @@ class Hush:
 
 @contextmanager
 def stand_ins_beside(denoiser: nn.Module, edits: Sequence[Edit], seen: Seen, *, fitted: Fitted, hush: Hush) -> Iterator[None]:
-    """Whenever an operator runs, give its stand-ins the same arguments, without gradients, and show all outputs to `seen`."""
+    """Whenever an operator runs, give its stand-ins the same arguments, without gradients, and show all outputs to `seen`.
+
+    Nothing runs compiled meanwhile: what watches would be compiled with it.
+    """
     by_operator: dict[str, dict[Key, nn.Module]] = {}
     for edit in edits:
         by_operator.setdefault(edit.operator, {})[key_of(edit)] = stand_in(denoiser, edit, fitted=fitted)
@@ -71,4 +74,5 @@ def stand_ins_beside(denoiser: nn.Module, edits: Sequence[Edit], seen: Seen, *, 
         for operator, stand_ins in by_operator.items():
             handle = denoiser.get_submodule(operator).register_forward_hook(watch(stand_ins), with_kwargs=True)
             stack.callback(handle.remove)
+        stack.enter_context(uncompiled(denoiser.modules()))
         yield

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ldpruner.operators.tracing import Call, tensors_in
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def answers(denoiser: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
     """What a denoiser makes of calls, float32."""
     return [tensors_in(call.run(denoiser))[0].float() for call in calls]
