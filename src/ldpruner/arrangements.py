@@ -150,7 +150,6 @@ def _kept_ratio(denoiser: nn.Module, call: Call) -> float:
     return ratio
 
 
-@torch.inference_mode()
 def channels_last_ratio(denoiser: nn.Module, call: Call) -> float:
     """The time of a call with weights channels-last, to that as it is: the median of the rounds' ratios; left as it was."""
     ratios = []
