@@ -171,10 +171,8 @@ class _Work:
             return tuple(known[key_of(edit)] for edit in asked.edits)
         coming, found = scorer.scores(replace(asked, edits=to_do)), dict[Key, Score]()
         at_once = min(self.probe.samples, asked.batch_size or self.probe.samples)
-        call, calls = (
-            self.pipeline.call(self.probe, samples=at_once),
-            scorer.cost(len(to_do), self.probe) / at_once / self.crew.size,
-        )
+        call = self.pipeline.call(self.probe, samples=at_once)
+        calls = scorer.cost(len(to_do), self.probe) / at_once / self.crew.size
         with encoding_once(self.pipeline), fastest(self.pipeline.denoiser, call, self.crew, self.tell, calls=calls):
             for entry in progress(coming, len(known), len(asked.edits)) if progress else coming:
                 found[entry.key] = entry
