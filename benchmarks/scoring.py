@@ -225,12 +225,14 @@ class Chooser:
         return judge.tamed(edits, self.run.fitted)
 
     def swept(self) -> tuple[str, Sequence[Edit]]:
-        plans: dict[tuple[Edit, ...], str] = {}
+        plans: dict[str, Sequence[Edit]] = {}
         for name in selections_of(SWEEP, self.run.scores):
-            plans.setdefault(choose(self.run.operators, self.run.scores, self.targets, selection=name).edits, name)
-        judge = self.judge(JUDGED_ON, 3 * APART, next(iter(plans)))
-        edits = min(plans, key=lambda edits: judge.of(edits, self.run.fitted))
-        return plans[edits], edits
+            edits = choose(self.run.operators, self.run.scores, self.targets, selection=name).edits
+            if edits not in plans.values():
+                plans[name] = edits
+        judge = self.judge(JUDGED_ON, 3 * APART, next(iter(plans.values())))
+        best = min(plans, key=lambda name: judge.of(plans[name], self.run.fitted))
+        return best, plans[best]
 
     def improved(self, edits: Sequence[Edit]) -> Sequence[Edit]:
         operators, scores, judge = self.run.operators, self.run.scores, self.judge(self.improved_on, 2 * APART, edits)
