@@ -55,7 +55,7 @@ class FastScorer(Scorer):
     budgeted: ClassVar[bool] = True
     few: int = 8
     timesteps: int = 4
-    projections: int = 2
+    projections: int = 4
     allowance: float = 40.0
 
     def cost(self, edits: int, probe: Probe) -> int:
