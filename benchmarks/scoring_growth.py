@@ -58,7 +58,11 @@ def main() -> None:
         operators=operators,
         targets=tuple({"latency": share} for share in SHARES),
     )
-    points = {name: [point(each) for each in varied(asked, name, options.halvings)] for name in ("operators", "samples", "steps")}
+    whole = point(asked)  # the end of every curve
+    points = {
+        name: [*(point(each) for each in varied(asked, name, options.halvings)), whole]
+        for name in ("operators", "samples", "steps")
+    }
     result = {
         "model": options.model,
         "points": points,
@@ -76,9 +80,9 @@ def edits_of(operators: Operators) -> list[Edit]:
 
 
 def varied(asked: Asked, name: str, halvings: int) -> list[Asked]:
-    """The question as it is, after those with a half of one thing, a quarter of it, and so on; the least first."""
+    """The question with a half of one thing, a quarter of it, and so on; the least first."""
     made = []
-    for part in (2**number for number in range(halvings, -1, -1)):
+    for part in (2**number for number in range(halvings, 0, -1)):
         probe = asked.probe
         if name == "operators":
             made.append(replace(asked, edits=asked.edits[::part]))

@@ -46,7 +46,8 @@ class FastScorer(Scorer):
     The cut of a target is the highest score among edits that the paper's order takes to meet it. An edit is clear when it lies
     `CLEAR` doubts from every cut, or another replacement of its operator clearly does less harm and saves as much. Of the rest,
     those nearest to each cut go up one rung, until all are clear or on the last one, or `allowance` is spent: denoiser passes of
-    one sample, per edit on average, where a backward pass counts as two.
+    one sample, per edit on average, where a backward pass counts as two. What would be taken, and was screened only, goes up
+    before all others: to first order, scaling what a normalisation reads changes nothing, so that taking it away seems harmless.
 
     The ladder, the limit and the race are ours; the second rung is LAPTOP-Diff's criterion (arXiv 2404.11098), the formula of the
     last ones is LD-Pruner's (arXiv 2404.11936).
@@ -132,8 +133,10 @@ class _Race:
         """The edits that are measured next; none where the race is over, or what is left of the allowance is too little."""
         believed = self.beliefs()
         waiting = [edit for edit in self.asked.edits if key_of(edit) not in self.rungs[-1] and self._matters(edit, believed)]
-        cuts, found = self._cuts(believed), dict[Key, Edit]()
-        for cut in cuts:
+        taken = self._taken(believed)
+        cuts = [math.log(max(scores.values(), default=FLOOR)) for scores in taken]
+        found = {key_of(edit): edit for edit in self.asked.edits if self._only_screened(edit, taken)}
+        for cut in cuts if not found else ():
             gaps = [(gap(believed[key_of(edit)], cut), edit) for edit in waiting]
             near = sorted((entry for entry in gaps if entry[0] < CLEAR), key=lambda entry: entry[0])
             found |= {key_of(edit): edit for _, edit in near[: math.ceil(AT_ONCE / len(cuts))]}
@@ -183,12 +186,18 @@ class _Race:
             doubt=belief.doubt,
         )
 
-    def _cuts(self, believed: Mapping[Key, Belief]) -> list[float]:
-        """For every target the logarithm of the highest score that the paper's order takes."""
+    def _taken(self, believed: Mapping[Key, Belief]) -> list[dict[Key, float]]:
+        """For every target what the paper's order takes, and its scores."""
         scores = [self.score(edit, believed[key_of(edit)], 0.0, seconds=0.0) for edit in self.asked.edits]
         choices = (choose(self.operators, scores, target) for target in self.asked.targets)
-        highest = (max((edit.score for edit in choice.edits if edit.score is not None), default=0.0) for choice in choices)
-        return [math.log(max(value, FLOOR)) for value in highest]
+        return [
+            {(edit.operator, edit.replacement): max(edit.score, FLOOR) for edit in choice.edits if edit.score is not None}
+            for choice in choices
+        ]
+
+    def _only_screened(self, edit: Edit, taken: Sequence[Mapping[Key, float]]) -> bool:
+        key = key_of(edit)
+        return key not in self.rungs[1] and any(key in each for each in taken)
 
     def _matters(self, edit: Edit, believed: Mapping[Key, Belief]) -> bool:
         """Whether it saves something that is asked for, and no other replacement of the operator is better beyond doubt."""
