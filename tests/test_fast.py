@@ -21,6 +21,7 @@ from ldpruner.scoring.beliefs import UNKNOWN, Belief, Step, beliefs
 from ldpruner.scoring.fast import FastScorer, gap
 from ldpruner.scoring.latent import BROKEN, PaperScorer, latent_shift, tamed
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
+from ldpruner.selection import choose
 from ldpruner.surgery import trial
 from ldpruner.trajectories import counted, spread_calls
 
@@ -110,6 +111,14 @@ def test_what_is_near_a_cut_is_measured_and_what_is_far_is_not(ldm: Pipeline, op
     assert len(by) > 1
     better = [entry for entry in entries if entry.judged != "screen"]
     assert len(better) < len(entries)
+
+
+def test_nothing_is_taken_on_the_screens_word(ldm: Pipeline, operators: Operators) -> None:
+    entries = {entry.key: entry for entry in FastScorer(few=2, allowance=16.0).scores(asked(ldm, operators))}
+    taken = choose(operators, list(entries.values()), MACS[0]).edits
+    judged = {entries[edit.operator, edit.replacement].judged for edit in taken if edit.reason == "chosen"}
+    assert judged
+    assert "screen" not in judged
 
 
 def test_the_error_of_the_output_is_measured_or_told_from_the_screen(ldm: Pipeline, operators: Operators) -> None:
