@@ -164,7 +164,7 @@ def decisions(pipeline: Pipeline, paper: Run, fast: Run, options: argparse.Names
         return latent_shift(reference, latents), float(distances(reference, latents).clamp(min=1e-12).log().mean().exp())
 
     budgets = [budget(share, paper, fast, noise, moved) for share in SHARES]
-    for entry in budgets:
+    for entry in budgets if options.sweep else ():
         share = entry["latency"]
         improved_on = options.improved if share == IMPROVED_AT else 0
         chooser = Chooser(pipeline=pipeline, run=fast, share=share, improved_on=improved_on)
@@ -275,6 +275,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--judged", type=int, default=256, help="other samples that judge the plans")
     parser.add_argument("--noise", type=int, default=16, help="edits that are scored with a second seed")
+    parser.add_argument("--sweep", action=argparse.BooleanOptionalAction, default=True, help="choose plans by joint shift too")
     parser.add_argument("--improved", type=int, default=0, help="samples on which the plan of 65 %% is improved too")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--threads", type=int, default=1)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import PROBE
 from ldpruner import Edit, Probe, score
@@ -221,3 +222,15 @@ def test_the_budgets_of_a_run_make_no_difference_to_the_papers_scores(ldm: Pipel
     score(ldm, PROBE, budget={"macs": "50%"}, **settings)  # type: ignore[arg-type]
     assert (tmp_path / "run" / "scores.jsonl").read_text() == written
     assert not SCORERS["paper"]().budgeted
+
+
+def test_errors_are_of_what_guidance_makes_of_the_halves(text_to_image: Pipeline) -> None:
+    probe = replace(WIDE, prompts=("a", "b"), guidance_scale=3.0)
+    call = spread_calls(text_to_image, probe, 1)[0]
+    assert call.guided
+    (whole,), (made,) = (answers(text_to_image.denoiser, [call], guidance_scale=scale) for scale in (None, 3.0))
+    without, prompted = whole.chunk(2)
+    assert torch.allclose(made, without + 3 * (prompted - without))
+    alone = spread_calls(text_to_image, replace(probe, guidance_scale=1.0), 1)[0]
+    (plain,), (same,) = (answers(text_to_image.denoiser, [alone], guidance_scale=scale) for scale in (None, 3.0))
+    assert torch.equal(plain, same), "what has no halves stays"

@@ -37,11 +37,12 @@ class FastScorer(Scorer):
     """The paper's order for a small share of its cost: all edits are screened, and only what is not clear is measured better.
 
     Four rungs. *Screen*: the first-order change of the output, all edits at once (`screen.ScreenScorer`). *Output*: its error on
-    inputs that the original met, at `timesteps` steps of `few` samples. Then latents on shared noise, of `few` samples and of
-    twice as many, by the paper's formula with one change: no sample counts as moved by more than `FAR` times the median. One that
-    turns into another picture moves farther than all others together; which ones do is chance, and of a few samples the formula
-    says little else. Edits that were measured on two rungs tell how one follows from the other: that carries every value to the
-    last rung, so that scores are compared at equal sample counts, and gives it a doubt (`beliefs.beliefs`).
+    inputs that the original met, at `timesteps` steps of `few` samples. Either is of what guidance makes of the output, where calls
+    are guided. Then latents on shared noise, of `few` samples and of twice as many, by the paper's formula with one change: no
+    sample counts as moved by more than `FAR` times the median. One that turns into another picture moves farther than all others
+    together; which ones do is chance, and of a few samples the formula says little else. Edits that were measured on two rungs
+    tell how one follows from the other: that carries every value to the last rung, so that scores are compared at equal sample
+    counts, and gives it a doubt (`beliefs.beliefs`).
 
     The cut of a target is the highest score among edits that the paper's order takes to meet it. An edit is clear when it lies
     `CLEAR` doubts from every cut, or another replacement of its operator clearly does less harm and saves as much. Of the rest,
@@ -93,7 +94,8 @@ class _Race:
     asked: Asked
     operators: Operators
     calls: list[Call]
-    known: list[Tensor]  # the original's answers to them
+    known: list[Tensor]  # the original's answers to them, guided where calls are
+    guidance_scale: float
     reference: Tensor  # the original's latents, of many samples
     samples: tuple[int, int]
     rungs: list[dict[Key, float]]  # screen, output, latents of few samples, and of many where there are more
@@ -107,11 +109,12 @@ class _Race:
         if asked.operators is None:
             raise RunError("the fast way needs to know what operators cost. Score by scoring.score, which tells.")
         few, many = scorer.samples(asked.probe)
+        scale = asked.pipeline.guidance_scale(asked.probe)
         reference = asked.original.latents(replace(asked.probe, samples=many), batch_size=asked.batch_size)
 
         def screen(size: int) -> tuple[list[Call], dict[Key, float]]:
             calls = asked.original.spread_calls(replace(asked.probe, samples=few), scorer.timesteps, batch_size=size)
-            return calls, screened(asked, calls, projections=scorer.projections)
+            return calls, screened(asked, calls, projections=scorer.projections, guidance_scale=scale)
 
         calls, values = within_memory(screen, min(few, asked.batch_size or few))  # a backward pass needs more than a forward
         return cls(
@@ -119,7 +122,8 @@ class _Race:
             asked=asked,
             operators=asked.operators,
             calls=calls,
-            known=answers(asked.pipeline.denoiser, calls),
+            known=answers(asked.pipeline.denoiser, calls, guidance_scale=scale),
+            guidance_scale=scale,
             reference=reference,
             samples=(few, many),
             rungs=[asked.crew.leaders(values), {}, {}, *([{}] if many > few else [])],
@@ -215,7 +219,7 @@ class _Race:
 
     def _output_error(self, edit: Edit) -> list[float]:
         with self._changed(edit) as denoiser:
-            error = mean_squared_error(self.known, answers(denoiser, self.calls)) ** 0.5
+            error = mean_squared_error(self.known, answers(denoiser, self.calls, guidance_scale=self.guidance_scale)) ** 0.5
         return [error if math.isfinite(error) else BROKEN]
 
     def _shift_of_few(self, edit: Edit) -> list[float]:

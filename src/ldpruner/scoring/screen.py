@@ -16,6 +16,7 @@ from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.gradients import Watch, watched
 from ldpruner.scoring.ledger import Key
 from ldpruner.scoring.shared import scored_together
+from ldpruner.scoring.teacher_forced import steered
 from ldpruner.trajectories import spread_calls
 
 
@@ -43,13 +44,13 @@ class ScreenScorer(Scorer):
         yield from scored_together(asked.edits, values, seconds=time.perf_counter() - began)
 
 
-def screened(asked: Asked, calls: Sequence[Call], *, projections: int) -> dict[Key, float]:
-    """The screen's value of every edit, see `ScreenScorer`, on calls that the original made."""
+def screened(asked: Asked, calls: Sequence[Call], *, projections: int, guidance_scale: float | None = None) -> dict[Key, float]:
+    """The screen's value of every edit, see `ScreenScorer`, on calls that the original made; for the scale see `steered`."""
     draw, watch, numbers = torch.Generator().manual_seed(asked.probe.seed), Watch.of(asked.edits), 0
     squares = dict.fromkeys(watch.changes, 0.0)
     for call in calls:
         with watched(asked.pipeline.denoiser, asked.edits, watch, fitted=asked.fitted):
-            output = _output(call, asked.pipeline)
+            output = steered(_output(call, asked.pipeline), call, guidance_scale)
             numbers += output.numel()
             for number in range(projections):
                 watch.reset()

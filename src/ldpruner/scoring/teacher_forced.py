@@ -11,9 +11,20 @@ from ldpruner.operators.tracing import Call, tensors_in
 
 
 @torch.inference_mode()
-def answers(denoiser: nn.Module, calls: Sequence[Call]) -> list[Tensor]:
-    """What a denoiser makes of calls, float32."""
-    return [tensors_in(call.run(denoiser))[0].float() for call in calls]
+def answers(denoiser: nn.Module, calls: Sequence[Call], *, guidance_scale: float | None = None) -> list[Tensor]:
+    """What a denoiser makes of calls, float32; with a scale, what guidance makes of the halves of calls that have them."""
+    return [steered(tensors_in(call.run(denoiser))[0].float(), call, guidance_scale) for call in calls]
+
+
+def steered(output: Tensor, call: Call, guidance_scale: float | None) -> Tensor:
+    """u + s (c - u) of an output's halves without and with prompts, where the call has them (Ho and Salimans, arXiv 2207.12598).
+
+    That is what a generation goes on with: errors that the halves share count once, those that they do not share s times.
+    """
+    if guidance_scale is None or not call.guided:
+        return output
+    without, prompted = output.chunk(2)
+    return without + guidance_scale * (prompted - without)
 
 
 def mean_squared_error(reference: Sequence[Tensor], changed: Iterable[Tensor]) -> float:
