@@ -67,7 +67,7 @@ def main() -> None:
         "model": options.model,
         "points": points,
         "growth": {name: {way: slope(curve, way) for way in WAYS} for name, curve in points.items()},
-        "stable_diffusion_1_5": stable_diffusion(base),
+        "stable_diffusion_1_5": stable_diffusion(base) if options.size else None,
         "environment": environment(pipeline.denoiser),
     }
     write_json(options.out / "growth.json", result)
@@ -112,10 +112,10 @@ def slope(curve: Sequence[dict[str, Any]], way: str) -> dict[str, float]:
     return {of: float(np.polyfit(x, np.log([entry[way][of] for entry in curve]), 1)[0]) for of in ("passes", "processor_seconds")}
 
 
-def stable_diffusion(probe: Probe) -> dict[str, Any]:
-    """Edits of a UNet of that size, and denoiser passes of one sample to score them."""
+def stable_diffusion(probe: Probe, **smaller: Any) -> dict[str, Any]:
+    """Edits of a UNet of that size, or of one that differs from it, and denoiser passes of one sample to score them."""
     with torch.device("meta"):
-        denoiser = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8).eval()
+        denoiser = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8, **smaller).eval()
         call = Call(tuple(torch.ones(shape) for shape in SHAPES), {})
     operators = discover(denoiser, call, timing_repeats=0)
     edits = len(operators.pairs())
@@ -158,6 +158,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="where the figures and the plot go")
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--size", action=argparse.BooleanOptionalAction, default=True, help="count Stable Diffusion 1.5's UNet")
     parser.add_argument("--halvings", type=int, default=3, help="how often each of the three is halved")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
