@@ -49,7 +49,7 @@ def main() -> None:
     pipeline = ldpruner.load(options.model)
     base = Probe(samples=options.samples, num_inference_steps=options.steps)
     operators = discover(pipeline.denoiser, pipeline.call(base))
-    edits = edits_of(operators)
+    edits = edits_of(operators)[:: options.every]
     asked = Asked(
         pipeline=pipeline,
         edits=edits,
@@ -159,6 +159,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--size", action=argparse.BooleanOptionalAction, default=True, help="count Stable Diffusion 1.5's UNet")
+    parser.add_argument("--every", type=int, default=1, help="of the replacements, one in so many")
     parser.add_argument("--halvings", type=int, default=3, help="how often each of the three is halved")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

@@ -15,8 +15,8 @@ def everything_in(folder: Path) -> dict[Path, int]:
 
 
 def the_line(err: str) -> str:
-    """The one line on stderr, without the name in front; a finished progress bar may stand before it."""
-    lines = [line for line in err.replace("\r", "\n").splitlines() if line and not line.startswith("scoring:")]
+    """The one line on stderr, without the name in front; what was measured first and a progress bar may stand before it."""
+    lines = [line for line in err.replace("\r", "\n").splitlines() if line and not line.startswith(("scoring:", "Measured:"))]
     assert len(lines) == 1, err
     assert lines[0].startswith("ldpruner: ")
     return lines[0].removeprefix("ldpruner: ")

@@ -250,11 +250,11 @@ def test_both_models_take_the_prompts_of_the_original(text_to_image: Pipeline, t
 
 
 def test_a_full_disk_keeps_what_is_there_and_says_so(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    from ldpruner.evaluation import kept
+    from ldpruner import packing
 
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kept, "save_file", full)
+    monkeypatch.setattr(packing, "save_file", full)
     with pytest.raises(OSError, match=r"the cache cannot be written \(.*No space left.*\)\. What is there is kept; free space"):
         evaluate(ldm, ldm, probe=PROBE)

@@ -89,4 +89,4 @@ def test_an_interrupted_command_says_so_and_keeps_its_scores(
     assert (code, out) == (130, "")
     assert the_line(err) == "interrupted; what was written so far is kept."
     assert len((run / "scores.jsonl").read_bytes().splitlines()) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "run"]
