@@ -35,6 +35,7 @@ from ldpruner.probes import Probe
 from ldpruner.scoring import SCORERS, Asked
 from ldpruner.scoring.fast import FastScorer
 from ldpruner.scoring.latent import PaperScorer
+from ldpruner.scoring.ledger import Ledger
 
 sys.path.insert(0, str(Path(__file__).parent))
 from scoring import SHARES, measured, papers_cost
@@ -94,7 +95,8 @@ def varied(asked: Asked, name: str, halvings: int) -> list[Asked]:
 
 
 def point(asked: Asked) -> dict[str, Any]:
-    """What one question costs by either way."""
+    """What one question costs by either way; what was measured for another is not known to it."""
+    asked = replace(asked, ledger=Ledger())
     with measured(asked.pipeline) as fast:
         list(SCORERS["fast"]().scores(asked))
     about = {"edits": len(asked.edits), "samples": asked.probe.samples, "steps": asked.probe.num_inference_steps}
