@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,7 @@ import torch
 
 from conftest import PROBE, Command
 from ldpruner import arrangements
-from ldpruner.arrangements import arranges, channels_last, channels_last_ratio, fastest
+from ldpruner.arrangements import arrangement, arranges, channels_last_pays, channels_last_ratio, fastest
 from ldpruner.operators import discover
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit
@@ -25,8 +28,9 @@ from ldpruner.surgery import trial, uncompiled
 def test_what_is_faster_is_taken_and_told(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch, ratio: float, laid: bool) -> None:
     monkeypatch.setattr(arrangements, "channels_last_ratio", lambda *_: ratio)
     before, told = {name: p.clone() for name, p in ldm.denoiser.named_parameters()}, list[str]()
-    with fastest(ldm.denoiser, ldm.call(PROBE), Crew(), told.append):
-        assert channels_last(ldm.denoiser) is laid
+    pays = channels_last_pays(ldm.denoiser, ldm.call(PROBE), told.append)
+    with fastest(ldm.denoiser, ldm.call(PROBE), Crew(), told.append, channels_last=pays):
+        assert arrangement(ldm.denoiser) == [laid, False]
     (line,) = told
     assert line.startswith(f"Measured: with channels last a denoiser call takes {ratio:.0%} of its time; scoring runs ")
     assert line.endswith("so." if laid else "as it is.")
@@ -47,7 +51,7 @@ def test_rounds_are_timed_in_turn_and_the_median_counts(ldm: Pipeline, monkeypat
     clock = times()
 
     def seconds(*_: object) -> float:
-        laid.append(channels_last(ldm.denoiser))
+        laid.append(arrangement(ldm.denoiser)[0])
         return next(clock)
 
     monkeypatch.setattr(arrangements, "seconds", seconds)
@@ -57,21 +61,36 @@ def test_rounds_are_timed_in_turn_and_the_median_counts(ldm: Pipeline, monkeypat
 
 def test_what_the_user_laid_otherwise_stays(ldm: Pipeline) -> None:
     ldm.denoiser.to(memory_format=torch.channels_last)
-    assert not arranges(ldm.denoiser)
-    with fastest(ldm.denoiser, ldm.call(PROBE), Crew(), pytest.fail):
-        pass
-    assert channels_last(ldm.denoiser)
+    assert not channels_last_pays(ldm.denoiser, ldm.call(PROBE), pytest.fail)
+    for wanted in (True, False):
+        with fastest(ldm.denoiser, ldm.call(PROBE), Crew(), pytest.fail, channels_last=wanted):
+            pass
+        assert arrangement(ldm.denoiser) == [True, False]
     assert not arranges(torch.nn.Linear(3, 3)), "and what has no convolution has no choice"
 
 
 def test_scores_are_the_same_either_way(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
     for ratio in (0.5, 1.0):
-        monkeypatch.setattr(arrangements, "channels_last_ratio", lambda *_, ratio=ratio: ratio)
+        monkeypatch.setattr(arrangements, "_kept_ratio", lambda *_, ratio=ratio: ratio)
         made.append([entry.score for entry in score(ldm, PROBE, replacements=["shortcut"]).scores])
     assert made[0] == pytest.approx(made[1], rel=1e-4, abs=1e-5)
     assert channels_last_ratio(ldm.denoiser, ldm.call(PROBE)) > 0
     assert not any(parameter.is_inference() for parameter in ldm.denoiser.parameters()), "they can still be trained"
+
+
+def test_a_run_goes_on_as_it_began(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runs = {}
+    for ratio, name in ((0.5, "laid"), (1.0, "stopped")):
+        monkeypatch.setattr(arrangements, "_kept_ratio", lambda *_, ratio=ratio: ratio)
+        if name == "stopped":
+            shutil.copytree(tmp_path / "laid", tmp_path / "stopped")
+            lines = (tmp_path / "stopped" / "scores.jsonl").read_text().splitlines(keepends=True)
+            (tmp_path / "stopped" / "scores.jsonl").write_text("".join(lines[:2]))
+        made = score(ldm, PROBE, replacements=["shortcut"], out=tmp_path / name)
+        runs[name] = [entry.score for entry in made.scores]
+    assert json.loads((tmp_path / "stopped" / "run.json").read_text())["channels_last"] is True
+    assert runs["stopped"] == runs["laid"]
 
 
 def test_the_command_says_what_was_measured(command: Command, ldm_folder: str, tmp_path: object) -> None:
@@ -118,8 +137,8 @@ def test_blocks_are_compiled_where_that_pays_and_forgotten_afterwards(
             assert torch.allclose(call.run(ldm.denoiser)[0], wanted, atol=1e-5)
             assert bool(compiling) is stays
         assert not any(block._compiled_call_impl for block in ldm.denoiser.modules())
-    assert "of compiling its blocks a denoiser call takes 70% of its time; scoring runs so." in told[1]
-    assert told[3].endswith("scoring runs as it is.")
+    assert "of compiling its blocks a denoiser call takes 70% of its time; scoring runs so." in told[0]
+    assert told[1].endswith("scoring runs as it is.")
 
 
 def test_an_edited_block_runs_as_it_is_written(ldm: Pipeline, compiling: list[str]) -> None:

@@ -58,14 +58,9 @@ def test_a_disk_that_fills_while_scoring_keeps_the_scores_for_the_next_try(
     assert (run / "scores.jsonl").stat().st_size == room, "a line was cut in the middle"
     code, _, _ = command(*again)
     assert code == 0
-    known = [json.loads(line) for line in lines]
+    keys = [[json.loads(line)[key] for key in ("operator", "replacement", "score")] for line in lines]
     resumed = [json.loads(line) for line in (run / "scores.jsonl").read_bytes().splitlines()]
-    assert [[line[key] for key in ("operator", "replacement")] for line in resumed] == [
-        [line[key] for key in ("operator", "replacement")] for line in known
-    ]
-    scores = [line["score"] for line in resumed]
-    assert scores[:50] == [line["score"] for line in known][:50]
-    assert scores == pytest.approx([line["score"] for line in known], rel=1e-4), "another cache: weights may lie otherwise"
+    assert [[line[key] for key in ("operator", "replacement", "score")] for line in resumed] == keys
     assert sorted(path.name for path in run.iterdir()) == ["operators.json", "pointwise.safetensors", "run.json", "scores.jsonl"]
 
 

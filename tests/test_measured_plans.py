@@ -189,7 +189,7 @@ def test_a_reading_near_the_limit_is_taken_again_and_the_second_counts(
 def test_what_a_measurement_leaves_of_the_limit_is_given_back(run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline, scores = run[0], timed_by_macs(run[1])
     machine = SlowMachine(scores.operators, overhead=0.1)
-    monkeypatch.setattr(planning, "readings_on", lambda *_: Readings())  # else the later plans know more than the first
+    monkeypatch.setattr(calibration, "readings_on", lambda *_: Readings())  # else the later plans know more than the first
     monkeypatch.setattr(planning._Search, "_measure", machine.measure)
     budgets = (0.5, 0.6, 0.7, 0.8)
     asked: list[dict[str, str | float]] = [{"latency": f"{budget:.0%}"} for budget in budgets]

@@ -35,35 +35,39 @@ Tell = Callable[[str], None]
 
 
 @contextmanager
-def fastest(denoiser: nn.Module, call: Call, crew: Crew, tell: Tell, *, calls: float = 0.0) -> Iterator[None]:
-    """While the block runs, the denoiser is arranged as it was measured to be fastest, for so many calls; `tell` is told.
+def fastest(
+    denoiser: nn.Module, call: Call, crew: Crew, tell: Tell, *, channels_last: bool = False, calls: float = 0.0
+) -> Iterator[None]:
+    """While the block runs, the denoiser is arranged to be fastest for so many calls; `tell` is told what was measured.
 
-    Convolutions' weights lie channels-last where that saves time; that is measured once on a device, and kept. Where the calls
-    would take `COMPILED_S` seconds and more, its blocks are compiled, and stay so if that saves time. What the arrangements
-    compute differs in the last bits: so the first process of a crew decides for all.
+    Convolutions' weights lie channels-last if that is said. Where the calls would take `COMPILED_S` seconds and more, its blocks
+    are compiled, and stay so if that saves time; the first process of a crew decides for all. What the arrangements compute
+    differs in the last bits.
     """
-    with _laid(denoiser, call, crew, tell), _compiled(denoiser, call, crew, tell, calls):
-        yield
-
-
-@contextmanager
-def _laid(denoiser: nn.Module, call: Call, crew: Crew, tell: Tell) -> Iterator[None]:
-    if not arranges(denoiser):
-        yield
-        return
-    ratio = crew.leaders(_kept_ratio(denoiser, call) if crew.leads else None)
-    change = ratio <= WORTH_IT
-    tell(_told("with channels last", ratio, change))
-    _lay(denoiser, torch.channels_last if change else torch.contiguous_format)
+    if channels_last and arranges(denoiser):
+        _lay(denoiser, torch.channels_last)
+    else:
+        channels_last = False
     try:
-        yield
+        with _compiled(denoiser, call, crew, tell, calls):
+            yield
     finally:
-        _lay(denoiser, torch.contiguous_format)
+        if channels_last:
+            _lay(denoiser, torch.contiguous_format)
+
+
+def channels_last_pays(denoiser: nn.Module, call: Call, tell: Tell) -> bool:
+    """Whether a call is faster so; that is measured once on a device, and kept. Nothing changes where there is no choice."""
+    if not arranges(denoiser):
+        return False
+    ratio = _kept_ratio(denoiser, call)
+    tell(_told("with channels last", ratio, ratio <= WORTH_IT))
+    return ratio <= WORTH_IT
 
 
 @contextmanager
 def _compiled(denoiser: nn.Module, call: Call, crew: Crew, tell: Tell, calls: float) -> Iterator[None]:
-    blocks = [] if any(block._compiled_call_impl for block in denoiser.modules()) else blocks_of(denoiser)
+    blocks = [] if arrangement(denoiser)[1] else blocks_of(denoiser)
     each = crew.leaders(_seconds(denoiser, call) if crew.leads and blocks and calls else 0.0 if crew.leads else None)
     if each * calls < COMPILED_S:
         yield
@@ -127,9 +131,10 @@ def arranges(denoiser: nn.Module) -> bool:
     return bool(grids) and all(grid.is_contiguous() for grid in grids)
 
 
-def channels_last(denoiser: nn.Module) -> bool:
-    """Whether some weights lie so."""
-    return any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in denoiser.parameters())
+def arrangement(denoiser: nn.Module) -> list[bool]:
+    """Whether some weights lie channels-last, and whether some blocks are compiled: either decides last bits."""
+    laid = any(parameter.ndim == 4 and not parameter.is_contiguous() for parameter in denoiser.parameters())
+    return [laid, any(block._compiled_call_impl for block in denoiser.modules())]
 
 
 def _kept_ratio(denoiser: nn.Module, call: Call) -> float:

@@ -95,6 +95,14 @@ class Bench:
         return relaid(self.laid, layouts(pruned_view(self.pipeline.denoiser, edits, blank(edits)), self.call))
 
 
+def calibrated(pipeline: Pipeline, call: Call, operators: Operators, dead_code: DeadCode, repair: Repairing) -> Bench:
+    """A bench on this device, with the readings that the cache holds of it, and random plans measured where these are few."""
+    readings = readings_on(pipeline, call, operators, repair)
+    bench = Bench.of(pipeline, call, operators, dead_code, readings=readings, repair=repair)
+    bench.calibrate()
+    return bench
+
+
 def readings_on(pipeline: Pipeline, call: Call, operators: Operators, repair: Repairing = "none") -> Readings:
     """The readings of this denoiser, called like this on this device. What repair lets stand-ins hold takes time: apart."""
     where = environment(pipeline.denoiser)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ldpruner.arrangements import channels_last
+from ldpruner.arrangements import arrangement
 from ldpruner.errors import ArtifactError
 from ldpruner.files import cache_folder
 from ldpruner.operators.timing import device_of
@@ -57,8 +57,8 @@ class Original:
 
     def _asked(self, probe: Probe, batch_size: int | None) -> list[Any]:
         """All that decides the bits of what a probe gives: how many samples and threads add up together, in which order, too."""
-        laid = channels_last(self.pipeline.denoiser)
-        return [probe.to_json(), batch_size or probe.samples, torch.get_num_threads(), laid]
+        arranged = arrangement(self.pipeline.denoiser)
+        return [probe.to_json(), batch_size or probe.samples, torch.get_num_threads(), arranged]
 
     def _kept(self, asked: Sequence[Any], make: Callable[[], T]) -> T:
         return kept(cache_folder() / "originals" / self.digest[:32], asked, make, device_of(self.pipeline.denoiser))

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 from ldpruner.benchmarking import Comparison, compare_calls
-from ldpruner.calibration import Bench, fillable, readings_on
+from ldpruner.calibration import Bench, calibrated, fillable
 from ldpruner.errors import BudgetError
 from ldpruner.improving import Improver
 from ldpruner.judging import JointShift
@@ -99,11 +99,7 @@ def plan(
     targets: Targets = {b.quantity: b.share(run.operators.total) for b in budgets}
     call = pipeline.call(run.probe)
     dead_code = DeadCode(pipeline.denoiser, call, run.operators)
-    bench = None
-    if "latency" in targets:
-        readings = readings_on(pipeline, call, run.operators, repair)
-        bench = Bench.of(pipeline, call, run.operators, dead_code, readings=readings, repair=repair)
-        bench.calibrate()
+    bench = calibrated(pipeline, call, run.operators, dead_code, repair) if "latency" in targets else None
     search = _Search(
         pipeline=pipeline,
         call=call,

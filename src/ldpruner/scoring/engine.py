@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldpruner.arrangements import Tell, fastest
+from ldpruner.arrangements import Tell, channels_last_pays, fastest
 from ldpruner.errors import OperatorError, RunError
 from ldpruner.fitting import Weights, fit_pointwise, pointwise_wanted
 from ldpruner.memory import samples_at_once
 from ldpruner.operators import discover
-from ldpruner.operators.tracing import weights_digest
+from ldpruner.operators.tracing import Call, weights_digest
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import SCHEMA, Edit, Operators, Quantity, Score, parse_budgets
 from ldpruner.probes import Probe
@@ -77,14 +77,7 @@ def score(
     for name in replacements or ():
         REPLACEMENTS[name]
     probe = pipeline.completed(probe)
-    header: dict[str, Any] = {
-        "schema": SCHEMA,
-        "source": pipeline.source,
-        "method": method,
-        "probe": probe.to_json(),
-        "weights": weights_digest(pipeline.denoiser),
-        "targets": [{b.quantity: str(b) for b in parse_budgets(budget)}] if budget and scorer.budgeted else [],
-    }
+    header = _header(pipeline, probe, method, budget if scorer.budgeted else None)
     store = Store(out, header, crew.rank) if out else None
     ledger = Ledger(out, crew, progress)  # before the first thing that processes wait for: all read the same
     work = _Work(
@@ -96,7 +89,7 @@ def score(
         pipeline=pipeline,
         edits=edits,
         probe=probe,
-        fitted=work.fitted(edits, operators),
+        fitted=work.fitted(edits),
         batch_size=work.at_once(),
         operators=operators,
         targets=_targets(operators, budget),
@@ -113,6 +106,18 @@ def score(
         weights=header["weights"],
         folder=out,
     )
+
+
+def _header(pipeline: Pipeline, probe: Probe, method: str, budget: Mapping[str, str | float] | None) -> dict[str, Any]:
+    """What scores belong to; a budget where they depend on one."""
+    return {
+        "schema": SCHEMA,
+        "source": pipeline.source,
+        "method": method,
+        "probe": probe.to_json(),
+        "weights": weights_digest(pipeline.denoiser),
+        "targets": [{b.quantity: str(b) for b in parse_budgets(budget)}] if budget else [],
+    }
 
 
 def _targets(operators: Operators, budget: Mapping[str, str | float] | None) -> tuple[Targets, ...]:
@@ -149,15 +154,12 @@ class _Work:
             raise OperatorError(f"{self.pipeline.source}: none of {allowed} fits any operator.")
         return [Edit(operator=o.name, replacement=c.replacement, options=c.options) for o, c in pairs]
 
-    def fitted(self, edits: Sequence[Edit], operators: Operators) -> Weights:
+    def fitted(self, edits: Sequence[Edit]) -> Weights:
         wanted = pointwise_wanted(edits)
         found = self.store.fitted(wanted) if self.store else None
         if found is None and self.crew.leads:
             found = fit_pointwise(self.pipeline, wanted, self.probe, batch_size=self.batch_size)
-        fitted = self.crew.leaders(found)
-        if self.store and self.crew.leads:
-            self.store.begin(operators, fitted)
-        return fitted
+        return self.crew.leaders(found)
 
     def at_once(self) -> int:
         return self.batch_size or self.crew.leaders(samples_at_once(self.pipeline, self.probe) if self.crew.leads else None)
@@ -167,16 +169,24 @@ class _Work:
         wanted = {key_of(edit) for edit in asked.edits}
         known = {entry.key: entry for entry in (self.store.scores() if self.store else []) if entry.key in wanted}
         to_do = [edit for edit in asked.edits if key_of(edit) not in known]
-        if not to_do:
-            return tuple(known[key_of(edit)] for edit in asked.edits)
-        coming, found = scorer.scores(replace(asked, edits=to_do)), dict[Key, Score]()
-        at_once = min(self.probe.samples, asked.batch_size or self.probe.samples)
-        call = self.pipeline.call(self.probe, samples=at_once)
-        calls = scorer.cost(len(to_do), self.probe) / at_once / self.crew.size
-        with encoding_once(self.pipeline), fastest(self.pipeline.denoiser, call, self.crew, self.tell, calls=calls):
+        coming, found = scorer.scores(replace(asked, edits=to_do)) if to_do else iter(()), dict[Key, Score]()
+        call = self.pipeline.call(self.probe, samples=min(self.probe.samples, asked.batch_size or self.probe.samples))
+        laid = self._channels_last(call)
+        if self.store and self.crew.leads and asked.operators:
+            self.store.begin(asked.operators, dict(asked.fitted), channels_last=laid)
+        calls = scorer.cost(len(to_do), self.probe) / (asked.batch_size or self.probe.samples) / self.crew.size
+        arranged = fastest(self.pipeline.denoiser, call, self.crew, self.tell, channels_last=laid, calls=calls)
+        with encoding_once(self.pipeline), arranged:
             for entry in progress(coming, len(known), len(asked.edits)) if progress else coming:
                 found[entry.key] = entry
                 if self.store:
                     self.store.append(entry)
         known |= self.crew.gathered(found)
         return tuple(known[key_of(edit)] for edit in asked.edits)
+
+    def _channels_last(self, call: Call) -> bool:
+        """How weights lie: as the run began, so that it goes on to the same bits, or as the first process measures to be faster."""
+        found = self.store.channels_last if self.store else None
+        if found is None and self.crew.leads:
+            found = channels_last_pays(self.pipeline.denoiser, call, self.tell)
+        return self.crew.leaders(found)

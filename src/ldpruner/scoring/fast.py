@@ -61,7 +61,10 @@ class FastScorer(Scorer):
     allowance: float = 40.0
 
     def cost(self, edits: int, probe: Probe) -> int:
-        """The most denoiser passes of one sample that so many edits cost, a backward pass as two; guidance doubles them."""
+        """The most denoiser passes of one sample that so many edits cost, a backward pass as two; guidance doubles them.
+
+        So one process that is not stopped: another, or a run that goes on, makes the few latents of an edit again.
+        """
         return max(self.fixed(probe), math.floor(self.allowance * edits))
 
     def fixed(self, probe: Probe) -> int:
