@@ -55,6 +55,12 @@ def fitting(operators: Operators, name: str) -> set[str]:
     return {candidate.replacement for candidate in operators[name].candidates}
 
 
+def test_what_fits_does_not_hang_on_the_precision_of_weights() -> None:
+    model, operators = branchy()
+    half = discover(model.half(), Call((torch.randn(2, 4, 4, 4).half(),), {}), timing_repeats=0)
+    assert [fitting(half, o.name) for o in half.operators] == [fitting(operators, o.name) for o in operators.operators]
+
+
 def test_a_branch_is_what_is_only_ever_added() -> None:
     _, operators = branchy()
     assert fitting(operators, "branch") == {"identity", "zero", "pointwise"}

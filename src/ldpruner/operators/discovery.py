@@ -156,7 +156,8 @@ class _Survey:
         parent, _, name = entry.name.rpartition(".")
         siblings = self.skeleton.get_submodule(parent)._modules
         around = self._called_around(parent)
-        siblings[name] = stand_in.to("meta")
+        like = next(entry.module.parameters(), next(self.skeleton.parameters()))
+        siblings[name] = stand_in.to("meta", dtype=like.dtype)
         try:
             with torch.no_grad():
                 args, kwargs = around.given
