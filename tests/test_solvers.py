@@ -14,7 +14,7 @@ from ldpruner.errors import PipelineError, UnknownNameError
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
 from ldpruner.scoring import rank_agreement, score
-from ldpruner.solvers import SOLVERS
+from ldpruner.solvers import SOLVERS, place_in
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' own, of UniPC
@@ -37,6 +37,18 @@ def test_a_probe_says_its_solver_only_where_it_has_one() -> None:
     assert "solver" not in PROBE.to_json(), "runs from before solvers go on"
     probe = replace(PROBE, solver="dpm++")
     assert Probe.from_json(probe.to_json()) == probe
+
+
+def test_a_timestep_is_known_by_its_place_in_the_schedule() -> None:
+    schedule = torch.arange(40)[3:33:3]
+    assert [place_in(schedule, each) for each in schedule] == list(range(10))
+    others = [torch.tensor(3), torch.arange(40)[4], schedule[:1], 3, torch.arange(40.0)[3]]
+    assert [place_in(schedule, other) for other in others] == [None] * 5
+    assert place_in(schedule, schedule[0].float()) is None
+    assert place_in(None, schedule[0]) is None
+    base = torch.arange(40)
+    assert place_in(base[3:33:3], base[4]) is None, "between two"
+    assert place_in(base[3:33:3], base[39]) is None, "after the last"
 
 
 def test_what_does_not_go_together_is_told(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:

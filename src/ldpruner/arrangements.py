@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 ROUNDS = 3  # in each of which either arrangement is timed, `CALLS` calls in a row
 CALLS = 3
 WORTH_IT = 0.97  # of the time as it is: a smaller saving is not told from noise
+SHARED = 0.8  # of the time of calls of their own: replacements that share one run the operators that they replace as well
 COMPILED_S = 1800.0  # of calls below which compiling, which takes minutes, is not tried
 COMPILING: dict[str, Any] = {}  # how: as PyTorch has it by default
 MANY = 8  # modules in what counts as a block
@@ -60,9 +61,25 @@ def channels_last_pays(denoiser: nn.Module, call: Call, tell: Tell) -> bool:
     """Whether a call is faster so; that is measured once on a device, and kept. Nothing changes where there is no choice."""
     if not arranges(denoiser):
         return False
-    ratio = _kept_ratio(denoiser, call)
+    ratio = _kept_ratio("channels_last", denoiser, call, lambda: channels_last_ratio(denoiser, call))
     tell(_told("with channels last", ratio, ratio <= WORTH_IT))
     return ratio <= WORTH_IT
+
+
+def sharing_pays(denoiser: nn.Module, few: Call, many: Call, tell: Tell) -> bool:
+    """Whether many samples take much less time together than a few at a time; measured once on a device, and kept."""
+    times = many.batch // few.batch
+    ratio = _kept_ratio(f"sharing {times}", denoiser, few, lambda: sharing_ratio(denoiser, few, many))
+    pays = ratio <= SHARED
+    how = f"measuring {'so many' if pays else 'one'} at a time"
+    tell(f"Measured: {times} replacements in one denoiser call take {ratio * 100:.0f}% of the time of {times} calls; {how}.")
+    return pays
+
+
+def sharing_ratio(denoiser: nn.Module, few: Call, many: Call) -> float:
+    """The time of a sample in a call of many, to that in a call of few: the median of the rounds' ratios."""
+    times = many.batch / few.batch
+    return statistics.median(_seconds(denoiser, many) / (times * _seconds(denoiser, few)) for _ in range(ROUNDS))
 
 
 @contextmanager
@@ -137,19 +154,19 @@ def arrangement(denoiser: nn.Module) -> list[bool]:
     return [laid, any(block._compiled_call_impl for block in denoiser.modules())]
 
 
-def _kept_ratio(denoiser: nn.Module, call: Call) -> float:
+def _kept_ratio(name: str, denoiser: nn.Module, call: Call, measure: Callable[[], float]) -> float:
     """The ratio that the cache holds for this device and these shapes; measured, and kept if that can be, where it holds none."""
     where = environment(denoiser)
     same = {key: where[key] for key in ("device", "threads", "dtype", "torch")}
     shapes = [list(tensor.shape) for tensor in tensors_in((call.args, call.kwargs))]
-    question = json.dumps([architecture(denoiser), same, shapes], sort_keys=True)
+    question = json.dumps([name, architecture(denoiser), same, shapes], sort_keys=True)
     path = cache_folder() / "arrangements" / f"{hashlib.sha256(question.encode()).hexdigest()[:32]}.json"
     try:
-        return float(json.loads(path.read_text(encoding="utf-8"))["channels_last"])
+        return float(json.loads(path.read_text(encoding="utf-8"))[name])
     except (OSError, ValueError, KeyError, TypeError):
-        ratio = channels_last_ratio(denoiser, call)
+        ratio = measure()
     try:
-        write_json(path, {"channels_last": ratio})
+        write_json(path, {name: ratio})
     except ArtifactError as error:
         log.info("not kept for the next run: %s", error)
     return ratio

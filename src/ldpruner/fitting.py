@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ldpruner.ldpruner_v1 import StandIn, resample
+from ldpruner.operators.timing import device_of
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
 from ldpruner.replacements import channel_axis
@@ -35,7 +36,7 @@ def fit_pointwise(
     """
     probe = pipeline.varied(probe)
     weights: Weights = {}
-    for group in _groups(wanted):
+    for group in _groups(wanted, room(device_of(pipeline.denoiser))):
         moments = {name: Moments.empty(options["channels"]) for name, options in group.items()}
         with ExitStack() as stack:
             for name, options in group.items():
@@ -67,7 +68,7 @@ def trajectories(probe: Probe, samples: int) -> Iterator[Probe]:
 
 @dataclass
 class Moments:
-    """Sums over every position seen: inputs with a one appended, against themselves and against outputs."""
+    """Sums over every position seen: inputs with a one appended, against themselves and against outputs; where these are."""
 
     inputs: Tensor  # (in + 1, in + 1)
     crossed: Tensor  # (in + 1, out)
@@ -80,8 +81,9 @@ class Moments:
     def add(self, given: Tensor, made: Tensor, weight: float = 1.0) -> None:
         """Take in rows `(positions, in)` and `(positions, out)`, whose squared errors count `weight` times."""
         rows = torch.cat([given, given.new_ones(len(given), 1)], dim=1)
-        self.inputs += weight * (rows.T @ rows).double().cpu()
-        self.crossed += weight * (rows.T @ made).double().cpu()
+        self.inputs, self.crossed = self.inputs.to(rows.device), self.crossed.to(rows.device)
+        self.inputs += weight * (rows.T @ rows).double()
+        self.crossed += weight * (rows.T @ made).double()
 
     def solve(self, ridge: float, prior: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ridge regression towards `prior` `(out, in)`, zero by default: (X^T X + r I) W = X^T Y + r P."""
@@ -89,12 +91,13 @@ class Moments:
         damped, wanted = self.inputs.clone(), self.crossed.clone()
         damped.diagonal()[:-1] += penalty
         if prior is not None:
-            wanted[:-1] += penalty * prior.T.double().cpu()
+            wanted[:-1] += penalty * prior.T.to(wanted)
         factor, singular = torch.linalg.cholesky_ex(damped)
         if singular:
-            solution = torch.linalg.lstsq(damped, wanted, driver="gelsd").solution.float()
+            solution = torch.linalg.lstsq(damped.cpu(), wanted.cpu(), driver="gelsd").solution
         else:
-            solution = torch.cholesky_solve(wanted, factor).float()
+            solution = torch.cholesky_solve(wanted, factor)
+        solution = solution.float().cpu()
         return solution[:-1].T.contiguous(), solution[-1].contiguous()
 
 
@@ -112,13 +115,18 @@ def rows(tensor: Tensor) -> Tensor:
     return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis]).float()
 
 
-def _groups(wanted: Mapping[str, Options]) -> Iterator[dict[str, Options]]:
+def room(device: torch.device) -> float:
+    """Bytes that the sums of one group may take: `MOMENT_BYTES`, or a quarter of a GPU's free memory where that is more."""
+    return max(MOMENT_BYTES, torch.cuda.mem_get_info(device)[0] / 4) if device.type == "cuda" else MOMENT_BYTES
+
+
+def _groups(wanted: Mapping[str, Options], most: float) -> Iterator[dict[str, Options]]:
     group: dict[str, Options] = {}
     size = 0
     for name, options in wanted.items():
         width, out = options["channels"][0] + 1, options["channels"][1]
         needed = 8 * width * (width + out)
-        if group and size + needed > MOMENT_BYTES:
+        if group and size + needed > most:
             yield group
             group, size = {}, 0
         group[name] = options

@@ -7,7 +7,7 @@ import inspect
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -138,12 +138,16 @@ class Pipeline:
         setattr(pipe, self.component, denoiser)
         return Pipeline(pipe, self.source, self.component, folder=self.folder)
 
-    def latents(self, probe: Probe, *, batch_size: int | None = None) -> Tensor:
-        """The latents that the probe's generations end with, `(samples, channels, ...)`, before the decoder sees them."""
-        size = batch_size or probe.samples
-        return torch.cat([self._latents(probe, rows) for rows in _batches(probe.samples, size)])
+    def latents(self, probe: Probe, *, batch_size: int | None = None, rows: Sequence[int] | None = None) -> Tensor:
+        """The latents that the probe's generations end with, `(samples, channels, ...)`, before the decoder sees them.
 
-    def _latents(self, probe: Probe, rows: range) -> Tensor:
+        `rows` are the samples that are wanted, by their numbers from 0 and as often as they are named; by default all.
+        """
+        rows = range(probe.samples) if rows is None else rows
+        size = batch_size or len(rows)
+        return torch.cat([self._latents(probe, rows[start : start + size]) for start in range(0, len(rows), size)])
+
+    def _latents(self, probe: Probe, rows: Sequence[int]) -> Tensor:
         last: list[Tensor] = []
         with self._without_decoder():
             self._generate(probe, rows, last)
@@ -209,7 +213,7 @@ class Pipeline:
             handle.remove()
         return seen[0]
 
-    def _generate(self, probe: Probe, rows: range, last: list[Tensor] | None = None) -> Any:
+    def _generate(self, probe: Probe, rows: Sequence[int], last: list[Tensor] | None = None) -> Any:
         """One call of the pipeline, its latest sample kept in `last`; None where it was stopped on the way."""
         probe = self.completed(probe)
         generators = [torch.Generator("cpu").manual_seed(probe.seed + row) for row in rows]

@@ -38,17 +38,49 @@ def solving_by(pipe: Any, name: str | None) -> Iterator[None]:
         pipe.scheduler = own
 
 
+class HostTimesteps:
+    """A scheduler's timesteps on the host, copied once for each schedule."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.copied: tuple[Any, Any] = (None, None)
+
+    def of(self, timestep: Any) -> Any:
+        """The timestep on the host, without waiting for the device, where it is one of the schedule's own; else as it is."""
+        place = place_in(getattr(self.scheduler, "timesteps", None), timestep)
+        if place is None or timestep.device.type == "cpu":
+            return timestep
+        if self.copied[0] is not self.scheduler.timesteps:
+            self.copied = (self.scheduler.timesteps, self.scheduler.timesteps.cpu())
+        return self.copied[1][place]
+
+
+def place_in(whole: Any, part: Any) -> int | None:
+    """Which element of a tensor `(n,)` another, of no dimension, is: told by where it lies in memory, not by its value."""
+    if not (isinstance(whole, Tensor) and isinstance(part, Tensor)) or whole.ndim != 1 or part.ndim or whole.dtype != part.dtype:
+        return None
+    if whole.untyped_storage().data_ptr() != part.untyped_storage().data_ptr():
+        return None
+    place, left = divmod(int(part.storage_offset() - whole.storage_offset()), whole.stride(0))
+    return place if not left and 0 <= place < len(whole) else None
+
+
 @contextmanager
 def watching(scheduler: Any, last: list[Tensor] | None) -> Iterator[None]:
-    """Keep in `last`, if there is one, the sample that the scheduler's latest step gave."""
+    """Keep in `last`, if there is one, the sample that the scheduler's latest step gave.
+
+    Steps are told their timestep on the host, where many schedulers look it up: asked of a GPU, each step would wait for it.
+    """
     if last is None:
         yield
         return
-    step = scheduler.step
+    step, host = scheduler.step, HostTimesteps(scheduler)
 
     @functools.wraps(step)
     def watched(*args: Any, **kwargs: Any) -> Any:
-        output = step(*args, **kwargs)
+        if "timestep" in kwargs:
+            kwargs["timestep"] = host.of(kwargs["timestep"])
+        output = step(*(host.of(each) if place == 1 else each for place, each in enumerate(args)), **kwargs)
         last[:] = [output[0]]
         return output
 

@@ -31,6 +31,7 @@ class Asked:
     batch_size: int | None = None  # samples in one denoiser call, all of them by default
     operators: Operators | None = None  # what each edit saves
     targets: tuple[Targets, ...] = ()  # the budgets that plans will be made for
+    edits_at_once: int = 1  # in one denoiser call, where a scorer gives each few samples, see `side_by_side`
     crew: Crew = field(default_factory=Crew)  # the processes that share the work
     ledger: Ledger = field(default_factory=Ledger)  # what was measured before
 
@@ -52,6 +53,10 @@ class Scorer(Protocol):
 
     def cost(self, edits: int, probe: Probe) -> int:
         """Denoiser passes of one sample that so many edits cost at most; 0 where they are too few to prepare for."""
+        return 0
+
+    def few_samples(self, probe: Probe) -> int:
+        """How many samples of one edit go through a denoiser call, where several edits may; 0 where they may not."""
         return 0
 
     def scores(self, asked: Asked) -> Iterator[Score]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ldpruner.arrangements import Tell, channels_last_pays, fastest
+from ldpruner.arrangements import Tell, channels_last_pays, fastest, sharing_pays
 from ldpruner.errors import OperatorError, RunError
 from ldpruner.fitting import Weights, fit_pointwise, pointwise_wanted
 from ldpruner.memory import samples_at_once
@@ -169,11 +169,13 @@ class _Work:
         wanted = {key_of(edit) for edit in asked.edits}
         known = {entry.key: entry for entry in (self.store.scores() if self.store else []) if entry.key in wanted}
         to_do = [edit for edit in asked.edits if key_of(edit) not in known]
+        asked = replace(asked, edits_at_once=self._edits_at_once(scorer.few_samples(self.probe), asked.batch_size))
         coming, found = scorer.scores(replace(asked, edits=to_do)) if to_do else iter(()), dict[Key, Score]()
         call = self.pipeline.call(self.probe, samples=min(self.probe.samples, asked.batch_size or self.probe.samples))
         laid = self._channels_last(call)
         if self.store and self.crew.leads and asked.operators:
-            self.store.begin(asked.operators, dict(asked.fitted), channels_last=laid)
+            fitted, shared = dict(asked.fitted), asked.edits_at_once
+            self.store.begin(asked.operators, fitted, channels_last=laid, edits_at_once=shared)
         calls = scorer.cost(len(to_do), self.probe) / (asked.batch_size or self.probe.samples) / self.crew.size
         arranged = fastest(self.pipeline.denoiser, call, self.crew, self.tell, channels_last=laid, calls=calls)
         with encoding_once(self.pipeline), arranged:
@@ -189,4 +191,14 @@ class _Work:
         found = self.store.channels_last if self.store else None
         if found is None and self.crew.leads:
             found = channels_last_pays(self.pipeline.denoiser, call, self.tell)
+        return self.crew.leaders(found)
+
+    def _edits_at_once(self, few: int, samples: int | None) -> int:
+        """How many edits share a call of so many samples, few for each: as the run began, or as the first process measures."""
+        found = self.store.edits_at_once if self.store else None
+        if found is None and self.crew.leads:
+            found = (samples or self.probe.samples) // few if few else 1
+            if found > 1:
+                small, large = (self.pipeline.call(self.probe, samples=count) for count in (few, few * found))
+                found = found if sharing_pays(self.pipeline.denoiser, small, large, self.tell) else 1
         return self.crew.leaders(found)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,9 +13,9 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ldpruner.errors import RunError
+from ldpruner.errors import LDPrunerError, RunError
 from ldpruner.memory import within_memory
 from ldpruner.operators.tracing import Call
 from ldpruner.plans import Edit, Operators, Score
@@ -21,11 +23,14 @@ from ldpruner.probes import Probe
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.beliefs import FLOOR, Belief, beliefs
 from ldpruner.scoring.latent import BROKEN, Statistics, shifts, tamed
-from ldpruner.scoring.ledger import Key, key_of
+from ldpruner.scoring.ledger import Key, Measure, key_of
 from ldpruner.scoring.screen import screened
+from ldpruner.scoring.side_by_side import side_by_side, tiled
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
 from ldpruner.selection import choose
 from ldpruner.surgery import trial
+
+log = logging.getLogger(__name__)
 
 CLEAR = 2.0  # doubts from every cut at which a score is clear
 AT_ONCE = 16  # edits that are measured before beliefs are formed anew, whatever the number of processes
@@ -78,6 +83,9 @@ class FastScorer(Scorer):
         few = max(2, min(self.few, math.ceil(probe.samples / 2)))  # the paper's formula has a standard deviation
         return few, min(2 * few, probe.samples)
 
+    def few_samples(self, probe: Probe) -> int:
+        return self.samples(probe)[0]
+
     def scores(self, asked: Asked) -> Iterator[Score]:
         began = time.perf_counter()
         race = _Race.begun(self, asked)
@@ -97,8 +105,9 @@ class _Race:
     asked: Asked
     operators: Operators
     calls: list[Call]
+    copies: int  # rows of a call for each sample
     known: list[Tensor]  # the original's answers to them, guided where calls are
-    guidance_scale: float
+    guidance_scale: float | None  # where calls are guided: samples that are there twice look so too
     reference: Tensor  # the original's latents, of many samples
     samples: tuple[int, int]
     rungs: list[dict[Key, float]]  # screen, output, latents of few samples, and of many where there are more
@@ -125,8 +134,9 @@ class _Race:
             asked=asked,
             operators=asked.operators,
             calls=calls,
+            copies=asked.pipeline.call(asked.probe).batch,
             known=answers(asked.pipeline.denoiser, calls, guidance_scale=scale),
-            guidance_scale=scale,
+            guidance_scale=scale if calls[0].guided else None,
             reference=reference,
             samples=(few, many),
             rungs=[asked.crew.leaders(values), {}, {}, *([{}] if many > few else [])],
@@ -156,9 +166,10 @@ class _Race:
         by_rung: dict[int, list[Edit]] = {}
         for edit in edits:
             by_rung.setdefault(self._next(edit), []).append(edit)
-        measures = {1: self._output_error, 2: self._shift_of_few, 3: self._shift_of_many}
+        measures = {1: self._output_errors, 2: self._shifts_of_few, 3: self._shifts_of_many}
         for rung, going in sorted(by_rung.items()):
-            found = self.asked.ledger.measured(self._names()[rung], going, measures[rung])
+            measure = functools.partial(self._at_once, measures[rung])
+            found = self.asked.ledger.measured(self._names()[rung], going, measure, at_once=self.asked.edits_at_once)
             self.rungs[rung] |= {key: sum(values) for key, values in found.items()}
             self.terms |= {key: (values[0], values[1]) for key, values in found.items() if len(values) == 2}
             self.spent += self._cost(rung) * len(going)
@@ -220,33 +231,55 @@ class _Race:
                 return False
         return True
 
-    def _output_error(self, edit: Edit) -> list[float]:
-        with self._changed(edit) as denoiser:
-            error = mean_squared_error(self.known, answers(denoiser, self.calls, guidance_scale=self.guidance_scale)) ** 0.5
-        return [error if math.isfinite(error) else BROKEN]
+    def _at_once(self, measure: Measure, edits: Sequence[Edit]) -> list[list[float]]:
+        """What `measure` gives of edits that share denoiser calls; one by one where that does not run."""
+        if len(edits) > 1:
+            try:
+                return list(measure(edits))
+            except (LDPrunerError, RuntimeError, ValueError, TypeError) as error:  # no memory, or outputs without rows
+                log.info("%d edits do not go through one call: %s", len(edits), error)
+        return [numbers for edit in edits for numbers in measure([edit])]
 
-    def _shift_of_few(self, edit: Edit) -> list[float]:
-        self.latents[key_of(edit)] = made = self._generated(edit, self.asked.probe, self.samples[0])
-        return self._terms(made)
+    def _output_errors(self, edits: Sequence[Edit]) -> list[list[float]]:
+        calls = [tiled(call, len(edits), copies=self.copies) for call in self.calls]
+        with self._changed(edits):
+            made = answers(self.asked.pipeline.denoiser, calls, guidance_scale=self.guidance_scale)
+        parts = zip(*(output.chunk(len(edits)) for output in made), strict=True)
+        errors = (mean_squared_error(self.known, part) ** 0.5 for part in parts)
+        return [[error if math.isfinite(error) else BROKEN] for error in errors]
 
-    def _shift_of_many(self, edit: Edit) -> list[float]:
+    def _shifts_of_few(self, edits: Sequence[Edit]) -> list[list[float]]:
+        made = self._generated(edits, range(self.samples[0]))
+        self.latents |= {key_of(edit): latents for edit, latents in zip(edits, made, strict=True)}
+        return [self._terms(latents) for latents in made]
+
+    def _shifts_of_many(self, edits: Sequence[Edit]) -> list[list[float]]:
         few, many = self.samples
-        first = self.latents.pop(key_of(edit), None)
-        if first is None:  # another process, or an earlier run, has it
-            first = self._generated(edit, self.asked.probe, few)
-        others = self._generated(edit, shifted(self.asked.probe, few), many - few)
-        return self._terms(torch.cat([first, others]))
+        missing = [edit for edit in edits if key_of(edit) not in self.latents]  # another process, or an earlier run, has it
+        if missing:
+            self._shifts_of_few(missing)
+        others = self._generated(edits, range(few, many))
+        whole = [torch.cat([self.latents[key_of(edit)], latents]) for edit, latents in zip(edits, others, strict=True)]
+        for edit in edits:
+            del self.latents[key_of(edit)]
+        return [self._terms(latents) for latents in whole]
 
     def _terms(self, latents: Tensor) -> list[float]:
         reference = self.reference[: len(latents)]
         return list(shifts(Statistics.of(reference), Statistics.of(tamed(reference, latents))))
 
-    def _generated(self, edit: Edit, probe: Probe, samples: int) -> Tensor:
-        with torch.inference_mode(), self._changed(edit):
-            return self.asked.pipeline.latents(replace(probe, samples=samples), batch_size=self.asked.batch_size)
+    def _generated(self, edits: Sequence[Edit], rows: Sequence[int]) -> Sequence[Tensor]:
+        """The latents of these samples by each edit."""
+        with torch.inference_mode(), self._changed(edits):
+            made = self.asked.pipeline.latents(self.asked.probe, rows=[*rows] * len(edits), batch_size=self.asked.batch_size)
+        return made.chunk(len(edits))
 
-    def _changed(self, edit: Edit) -> AbstractContextManager[nn.Module]:
-        return trial(self.asked.pipeline.denoiser, [edit], fitted=self.asked.fitted)
+    def _changed(self, edits: Sequence[Edit]) -> AbstractContextManager[object]:
+        """The denoiser with one edit, or with several, each for its part of a call's samples."""
+        denoiser, fitted = self.asked.pipeline.denoiser, self.asked.fitted
+        if len(edits) == 1:
+            return trial(denoiser, edits, fitted=fitted)
+        return side_by_side(denoiser, edits, copies=self.copies, fitted=fitted)
 
 
 HIGHEST = math.log(BROKEN)
@@ -255,9 +288,3 @@ HIGHEST = math.log(BROKEN)
 def gap(belief: Belief, cut: float) -> float:
     """How many doubts a score is from a cut."""
     return abs(belief.mean - cut) / max(belief.doubt, FLOOR)
-
-
-def shifted(probe: Probe, samples: int) -> Probe:
-    """The probe of the samples that come after so many: other noise, and the prompts that they take."""
-    turned = samples % max(1, len(probe.prompts))
-    return replace(probe, seed=probe.seed + samples, prompts=probe.prompts[turned:] + probe.prompts[:turned])

@@ -35,6 +35,7 @@ class Store:
             raise RunError(f"{folder}: holds scores of another {' and '.join(differing)}. Name another folder.")
         self.resumed = found is not None
         self.channels_last: bool | None = (found or {}).get("channels_last")  # how weights lay when the run began
+        self.edits_at_once: int | None = (found or {}).get("edits_at_once")  # and how many edits shared a denoiser call
         self.judged_anew = found is not None and found.get("targets", []) != header["targets"]
 
     def operators(self) -> Operators | None:
@@ -48,7 +49,7 @@ class Store:
         """What is known already; nothing where it was judged for other targets."""
         return [] if self.judged_anew else read_scores(self.folder)
 
-    def begin(self, operators: Operators, fitted: Weights, *, channels_last: bool) -> None:
+    def begin(self, operators: Operators, fitted: Weights, *, channels_last: bool, edits_at_once: int) -> None:
         """Write what scores refer to, the header last: a folder with a header is whole."""
         if not self.resumed:
             write_json(self.folder / "operators.json", operators.to_json())
@@ -58,7 +59,7 @@ class Store:
         if self.judged_anew:
             for file in self.folder.glob("scores*.jsonl"):
                 file.unlink()
-        write_json(self.folder / "run.json", self.header | {"channels_last": channels_last})
+        write_json(self.folder / "run.json", self.header | {"channels_last": channels_last, "edits_at_once": edits_at_once})
 
     def append(self, entry: Score) -> None:
         append_json_line(self.lines, asdict(entry))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ldpruner.errors import RunError
@@ -11,6 +11,7 @@ from ldpruner.plans import Edit
 from ldpruner.processes import Crew
 
 Key = tuple[str, str]  # operator and replacement, as `Score.key`
+Measure = Callable[[Sequence[Edit]], Sequence[list[float]]]  # some edits, to the numbers of each
 Watch = Callable[[Iterable[Edit], int, int], Iterable[Edit]]  # edits to come, done before, in all
 
 
@@ -29,13 +30,18 @@ class Ledger:
         for file in sorted(folder.glob("measured-*.jsonl")) if folder else ():
             self._read(file)
 
-    def measured(self, kind: str, edits: Sequence[Edit], measure: Callable[[Edit], list[float]]) -> dict[Key, list[float]]:
+    def measured(self, kind: str, edits: Sequence[Edit], measure: Measure, *, at_once: int = 1) -> dict[Key, list[float]]:
         """The numbers of every edit: those that are not known yet are measured, shared out among the processes."""
         missing = [edit for edit in edits if (kind, key_of(edit)) not in self._known]
-        mine: Iterable[Edit] = self.crew.share(missing, done=len(self._known))
-        found = dict[tuple[str, Key], list[float]]()
-        for edit in self.watch(mine, len(edits) - len(missing), len(edits)) if self.watch and missing else mine:
-            found[kind, key_of(edit)] = measure(edit)
+        mine, found = self.crew.share(missing, done=len(self._known)), dict[tuple[str, Key], list[float]]()
+
+        def done() -> Iterator[Edit]:
+            for start in range(0, len(mine), at_once):
+                group = mine[start : start + at_once]
+                found.update(((kind, key_of(edit)), values) for edit, values in zip(group, measure(group), strict=True))
+                yield from group
+
+        for edit in self.watch(done(), len(edits) - len(missing), len(edits)) if self.watch and missing else done():
             if self.path:
                 line = {
                     "kind": kind,
