@@ -71,10 +71,25 @@ def tiny_unet(*, size: int | tuple[int, int], channels: int, layers: int = 1) ->
     )
 
 
-def tiny_ldm() -> LDMPipeline:
-    """An unconditional pipeline with residual blocks, shortcuts and attention, some 40 operators and 4x4 latents."""
+def small_unet() -> UNet2DModel:
+    """A denoiser of 4x4 latents with a third of the operators, for what asks after all of them several times."""
+    return UNet2DModel(
+        sample_size=4,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=8,
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+    )
+
+
+def tiny_ldm(*, small: bool = False) -> LDMPipeline:
+    """An unconditional pipeline with residual blocks, shortcuts and attention, some 100 operators and 4x4 latents."""
     torch.manual_seed(0)
-    unet = tiny_unet(size=4, channels=4)
+    unet = small_unet() if small else tiny_unet(size=4, channels=4)
     vqvae = VQModel(
         in_channels=1, out_channels=1, block_out_channels=(8,), latent_channels=4, norm_num_groups=4, num_vq_embeddings=16
     )

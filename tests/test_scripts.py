@@ -7,6 +7,7 @@ import math
 import re
 import runpy
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -41,6 +42,13 @@ FEW = {
 
 
 @pytest.fixture
+def ldm_folder(tmp_path: Path) -> Path:
+    """A pipeline of few operators: scripts do all that they do more than once."""
+    tiny_ldm(small=True).save_pretrained(tmp_path / "small-ldm")
+    return tmp_path / "small-ldm"
+
+
+@pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Run a script in this process, as if it had been typed."""
 
@@ -62,7 +70,7 @@ def evidence(script: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_p
     pictures.mkdir(parents=True)
     for shade in range(8):
         Image.new("L", (32, 32), 30 * shade).save(pictures / f"{shade}.png")
-    pipe = tiny_ldm()
+    pipe = tiny_ldm(small=True)
     pipe.vqvae = VQModel(
         in_channels=1,
         out_channels=1,
@@ -249,6 +257,22 @@ def test_growth_is_counted_drawn_and_told_of_a_size_that_no_machine_here_runs(
     assert size["fast_at_most"] == FastScorer().cost(size["edits"], probe) < size["edits"] * 81
     with Image.open(tmp_path / "growth" / "growth.png") as picture:
         assert picture.size[0] > 1000
+
+
+@pytest.mark.slow
+def test_what_scoring_costs_at_real_size_is_told_of_a_smaller_one(script: Callable[..., None], tmp_path: Path) -> None:
+    few = ["--samples", 4, "--steps", 2, "--batch-size", 2, "--size", 16, "--layers", 1, "--channels", 32]
+    script(ROOT / "benchmarks" / "scoring_size.py", *few, "--no-compile", "--device", "cpu", "--out", tmp_path / "size.json")
+    made = json.loads((tmp_path / "size.json").read_text())
+    assert made["seconds_of_a_call"].keys() == {"1", "2"}
+    assert made["papers_way_each"]["passes"] == 4 * 2
+    assert 0.5 < statistics.median(made["generation_to_its_calls"]) < 5
+    fast = made["fast_way"]
+    assert sum(fast["judged"].values()) == fast["edits"] > 40
+    probe = Probe(samples=4, num_inference_steps=2)
+    assert FastScorer().fixed(probe) < fast["passes"] <= FastScorer().cost(fast["edits"], probe) + 4 * 48 + 8, (
+        "fitting, and a trial"
+    )
 
 
 @pytest.mark.slow

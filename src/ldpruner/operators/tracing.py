@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -83,6 +83,13 @@ class Call:
     def _with(self, change: Callable[[Tensor], Tensor]) -> Call:
         args, kwargs = tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
         return Call(args, kwargs)
+
+    def of_rows(self, rows: Sequence[int]) -> Call:
+        """The call with these of its rows, as often as they are named: of every tensor that has as many as there are samples."""
+        batch, places = self.batch, torch.tensor(rows, dtype=torch.long)
+        if list(rows) == list(range(batch)):
+            return self
+        return self._with(lambda leaf: leaf[places.to(leaf.device)] if leaf.ndim and len(leaf) == batch else leaf)
 
     def run(self, denoiser: nn.Module) -> Any:
         return denoiser(*self.args, **self.kwargs)

@@ -25,7 +25,7 @@ from ldpruner.scoring.beliefs import FLOOR, Belief, beliefs
 from ldpruner.scoring.latent import BROKEN, Statistics, shifts, tamed
 from ldpruner.scoring.ledger import Key, Measure, key_of
 from ldpruner.scoring.screen import screened
-from ldpruner.scoring.side_by_side import side_by_side, tiled
+from ldpruner.scoring.side_by_side import every, side_by_side, split, tiled
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
 from ldpruner.selection import choose
 from ldpruner.surgery import trial
@@ -42,12 +42,13 @@ class FastScorer(Scorer):
     """The paper's order for a small share of its cost: all edits are screened, and only what is not clear is measured better.
 
     Four rungs. *Screen*: the first-order change of the output, all edits at once (`screen.ScreenScorer`). *Output*: its error on
-    inputs that the original met, at `timesteps` steps of `few` samples. Either is of what guidance makes of the output, where calls
-    are guided. Then latents on shared noise, of `few` samples and of twice as many, by the paper's formula with one change: no
-    sample counts as moved by more than `FAR` times the median. One that turns into another picture moves farther than all others
-    together; which ones do is chance, and of a few samples the formula says little else. Edits that were measured on two rungs
-    tell how one follows from the other: that carries every value to the last rung, so that scores are compared at equal sample
-    counts, and gives it a doubt (`beliefs.beliefs`).
+    inputs that the original met. Both look at `watched` samples, each at one of `timesteps` steps, in turn: another sample tells
+    more than another step of the same, above all where each has a prompt of its own. Either is of what guidance makes of the
+    output, where calls are guided. Then latents on shared noise, of `few` samples and of twice as many, by the paper's formula with
+    one change: no sample counts as moved by more than `FAR` times the median. One that turns into another picture moves farther
+    than all others together; which ones do is chance, and of a few samples the formula says little else. Edits that were measured
+    on two rungs tell how one follows from the other: that carries every value to the last rung, so that scores are compared at
+    equal sample counts, gives it a doubt, and says how much a few samples count against the error of many (`beliefs.beliefs`).
 
     The cut of a target is the highest score among edits that the paper's order takes to meet it. An edit is clear when it lies
     `CLEAR` doubts from every cut, or another replacement of its operator clearly does less harm and saves as much. Of the rest,
@@ -61,6 +62,7 @@ class FastScorer(Scorer):
 
     budgeted: ClassVar[bool] = True
     few: int = 8
+    watched: int = 48
     timesteps: int = 4
     projections: int = 4
     allowance: float = 40.0
@@ -74,14 +76,26 @@ class FastScorer(Scorer):
 
     def fixed(self, probe: Probe) -> int:
         """What is spent before the first edit is measured by itself: the original's latents and calls, and the screen."""
-        few, many = self.samples(probe)
-        seen = min(self.timesteps, probe.num_inference_steps)
-        return (few + many) * probe.num_inference_steps + few * seen * (2 + 2 * self.projections)
+        _, many = self.samples(probe)
+        seen = self.seen(probe)
+        return (seen + many) * probe.num_inference_steps + seen * (2 + 2 * self.projections)
+
+    def seen(self, probe: Probe) -> int:
+        """Samples whose calls the first two rungs look at, each at one timestep."""
+        return min(self.watched, probe.samples)
 
     def samples(self, probe: Probe) -> tuple[int, int]:
         """Of the two rungs of latents; the same twice where the probe has no more."""
         few = max(2, min(self.few, math.ceil(probe.samples / 2)))  # the paper's formula has a standard deviation
         return few, min(2 * few, probe.samples)
+
+    def calls(self, asked: Asked, copies: int) -> list[Call]:
+        """Calls that the original makes, each sample in one of them; rows are `copies` times all samples."""
+        probe = replace(asked.probe, samples=self.seen(asked.probe))
+        spread = asked.original.spread_calls(probe, self.timesteps, batch_size=asked.batch_size)
+        steps = min(self.timesteps, probe.num_inference_steps)  # of every batch, one after the other
+        parts = (every(call, steps, place % steps, copies=copies) for place, call in enumerate(spread))
+        return [part for part in parts if part.batch]
 
     def few_samples(self, probe: Probe) -> int:
         return self.samples(probe)[0]
@@ -107,7 +121,7 @@ class _Race:
     calls: list[Call]
     copies: int  # rows of a call for each sample
     known: list[Tensor]  # the original's answers to them, guided where calls are
-    guidance_scale: float | None  # where calls are guided: samples that are there twice look so too
+    guidance_scale: float | None  # where calls are guided
     reference: Tensor  # the original's latents, of many samples
     samples: tuple[int, int]
     rungs: list[dict[Key, float]]  # screen, output, latents of few samples, and of many where there are more
@@ -121,22 +135,24 @@ class _Race:
         if asked.operators is None:
             raise RunError("the fast way needs to know what operators cost. Score by scoring.score, which tells.")
         few, many = scorer.samples(asked.probe)
-        scale = asked.pipeline.guidance_scale(asked.probe)
         reference = asked.original.latents(replace(asked.probe, samples=many), batch_size=asked.batch_size)
+        copies = asked.pipeline.call(asked.probe).batch
+        calls = scorer.calls(asked, copies)
+        scale = asked.pipeline.guidance_scale(asked.probe) if calls[0].guided else None  # tiled, all of them would look guided
 
-        def screen(size: int) -> tuple[list[Call], dict[Key, float]]:
-            calls = asked.original.spread_calls(replace(asked.probe, samples=few), scorer.timesteps, batch_size=size)
-            return calls, screened(asked, calls, projections=scorer.projections, guidance_scale=scale)
+        def screen(size: int) -> dict[Key, float]:
+            parts = [part for call in calls for part in split(call, size, copies=copies)]
+            return screened(asked, parts, projections=scorer.projections, guidance_scale=scale)
 
-        calls, values = within_memory(screen, min(few, asked.batch_size or few))  # a backward pass needs more than a forward
+        values = within_memory(screen, max(call.batch // copies for call in calls))  # a backward pass needs more than a forward
         return cls(
             scorer=scorer,
             asked=asked,
             operators=asked.operators,
             calls=calls,
-            copies=asked.pipeline.call(asked.probe).batch,
+            copies=copies,
             known=answers(asked.pipeline.denoiser, calls, guidance_scale=scale),
-            guidance_scale=scale if calls[0].guided else None,
+            guidance_scale=scale,
             reference=reference,
             samples=(few, many),
             rungs=[asked.crew.leaders(values), {}, {}, *([{}] if many > few else [])],
@@ -144,7 +160,7 @@ class _Race:
         )
 
     def beliefs(self) -> dict[Key, Belief]:
-        return beliefs(self.rungs)
+        return beliefs(self.rungs, sampled=len(self.rungs) - 2)
 
     def unclear(self) -> list[Edit]:
         """The edits that are measured next; none where the race is over, or what is left of the allowance is too little."""
@@ -169,7 +185,7 @@ class _Race:
         measures = {1: self._output_errors, 2: self._shifts_of_few, 3: self._shifts_of_many}
         for rung, going in sorted(by_rung.items()):
             measure = functools.partial(self._at_once, measures[rung])
-            found = self.asked.ledger.measured(self._names()[rung], going, measure, at_once=self.asked.edits_at_once)
+            found = self.asked.ledger.measured(self._names()[rung], going, measure, at_once=self._together(rung))
             self.rungs[rung] |= {key: sum(values) for key, values in found.items()}
             self.terms |= {key: (values[0], values[1]) for key, values in found.items() if len(values) == 2}
             self.spent += self._cost(rung) * len(going)
@@ -180,7 +196,12 @@ class _Race:
     def _cost(self, rung: int) -> int:
         """Denoiser passes of one sample to measure one edit there."""
         (few, many), steps = self.samples, self.asked.probe.num_inference_steps
-        return {1: few * min(self.scorer.timesteps, steps), 2: few * steps, 3: (many - few) * steps}[rung]
+        return {1: self.scorer.seen(self.asked.probe), 2: few * steps, 3: (many - few) * steps}[rung]
+
+    def _together(self, rung: int) -> int:
+        """How many edits share a call there."""
+        samples = max(call.batch // self.copies for call in self.calls) if rung == 1 else self.samples[0]
+        return max(1, self.asked.edits_at_once * self.samples[0] // samples)
 
     def _names(self) -> tuple[str, ...]:
         few, many = self.samples

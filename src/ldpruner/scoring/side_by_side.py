@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ldpruner.errors import OperatorError
 from ldpruner.operators.tracing import Call
@@ -65,14 +66,17 @@ def side_by_side(denoiser: nn.Module, edits: Sequence[Edit], *, copies: int, fit
 
 def tiled(call: Call, times: int, *, copies: int) -> Call:
     """The call with all of its samples so many times, one after the other, in each of the `copies` that its rows are."""
-    if times == 1:
-        return call
-    batch = call.batch
+    samples = call.batch // copies
+    return call.of_rows([copy * samples + row for copy in range(copies) for _ in range(times) for row in range(samples)])
 
-    def again(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not leaf.ndim or len(leaf) != batch:
-            return leaf
-        return leaf.reshape(copies, 1, -1, *leaf.shape[1:]).expand(-1, times, *[-1] * leaf.ndim).flatten(0, 2)
 
-    args, kwargs = tree_map(again, (call.args, call.kwargs))
-    return Call(args, kwargs)
+def every(call: Call, step: int, first: int, *, copies: int) -> Call:
+    """The call with each `step`-th of its samples, from the `first` on, in each of its copies."""
+    samples = call.batch // copies
+    return call.of_rows([copy * samples + row for copy in range(copies) for row in range(first, samples, step)])
+
+
+def split(call: Call, size: int, *, copies: int) -> list[Call]:
+    """The call in parts of at most so many samples."""
+    parts = math.ceil(call.batch / copies / size)
+    return [every(call, parts, first, copies=copies) for first in range(parts)]
