@@ -7,7 +7,8 @@ guidance counts twice; a backward pass counts as two), processor and wall second
 rank correlation and, for latency 80, 65 and 50 % as the operators' times predict it, the sets that the paper's order takes and
 the joint latent shift of each on other samples. Few samples that turn into other pictures can make up most of that; what samples
 move by in the geometric mean stands beside it. An edit that is in one set only counts as agreed on where its score lies within
-the noise of the paper's score of the cut: two standard deviations between two seeds, told by scoring those near the cut again.
+the noise of the paper's score of the cut: two standard deviations between two seeds, told by scoring those near the cut again;
+and again with other prompts, where there are some: those of a probe are as much a draw as its noise.
 Beside the paper's order by either scores stand plans by the fast scores that are chosen by joint shift, and their passes.
 
 Scores of the paper's way are kept in the folder `--work`: a run that stopped goes on there. Each of them costs the same, so what
@@ -167,7 +168,7 @@ def edits_at_once(pipeline: Pipeline, few: int, probe: Probe) -> int:
 
 def decisions(pipeline: Pipeline, paper: Run, fast: Run, options: argparse.Namespace) -> dict[str, Any]:
     """What each way's scores make of the same budgets."""
-    noise = noise_of(pipeline, paper, options.noise)
+    noises = noises_of(pipeline, paper, options.noise)
     judge = replace(pipeline.varied(paper.probe), samples=options.judged, seed=paper.probe.seed + APART)
     reference = pipeline.latents(judge, batch_size=options.batch_size)
 
@@ -177,16 +178,18 @@ def decisions(pipeline: Pipeline, paper: Run, fast: Run, options: argparse.Names
             latents = pipeline.latents(judge, batch_size=options.batch_size)
         return latent_shift(reference, latents), float(distances(reference, latents).clamp(min=1e-12).log().mean().exp())
 
-    budgets = [budget(share, paper, fast, noise, moved) for share in SHARES]
+    budgets = [budget(share, paper, fast, noises, moved) for share in SHARES]
     for entry in budgets if options.sweep else ():
         share = entry["latency"]
         improved_on = options.improved if share == IMPROVED_AT else 0
         chooser = Chooser(pipeline=pipeline, run=fast, share=share, improved_on=improved_on)
         entry["chosen_jointly"] = chooser.compared(moved, entry["joint_shifts"][0])
-    return {"noise_of_a_logarithm": noise, "budgets": budgets}
+    return {"noise_of_a_logarithm": noises, "budgets": budgets}
 
 
-def budget(share: float, paper: Run, fast: Run, noise: float, moved: Callable[[Sequence[Edit]], Moves]) -> dict[str, Any]:
+def budget(
+    share: float, paper: Run, fast: Run, noises: Mapping[str, float], moved: Callable[[Sequence[Edit]], Moves]
+) -> dict[str, Any]:
     """What the paper's order takes for one share of the latency, by the scores of each way."""
     mine, other = (choose(paper.operators, run.scores, {"latency": share}) for run in (paper, fast))
     sets = [{(e.operator, e.replacement) for e in choice.edits if e.reason == "chosen"} for choice in (mine, other)]
@@ -198,7 +201,9 @@ def budget(share: float, paper: Run, fast: Run, noise: float, moved: Callable[[S
         "fast_to_paper": shifts[1] / shifts[0],
         "geometric_mean_movements": movements,
         "fast_to_paper_by_movement": movements[1] / movements[0],
-        "agreed": agreed(sets[0], sets[1], {entry.key: entry for entry in paper.scores}, noise),
+        "agreed": {
+            name: agreed(sets[0], sets[1], {entry.key: entry for entry in paper.scores}, noise) for name, noise in noises.items()
+        },
     }
 
 
@@ -270,15 +275,25 @@ def agreed(mine: set[Key], other: set[Key], scores: Mapping[Key, Score], noise: 
     return len((mine & other) | ties) / len(either) if either else 1.0
 
 
-def noise_of(pipeline: Pipeline, paper: Run, count: int) -> float:
-    """The standard deviation of one score's logarithm from seed to seed: of `count` edits nearest to the cuts."""
+def noises_of(pipeline: Pipeline, paper: Run, count: int) -> dict[str, float]:
+    """The standard deviation of one score's logarithm, of `count` edits nearest to the cuts, from other samples to others.
+
+    From seed to seed; and, where a pipeline takes prompts, with the next of its own prompts as well.
+    """
+    others = [replace(paper.probe, seed=SEED)]
+    if paper.probe.prompts:
+        samples, prompts = paper.probe.samples, pipeline.varied(paper.probe).prompts
+        others.append(replace(others[0], prompts=prompts[samples : 2 * samples] or prompts))
     by_key = {entry.key: math.log(max(entry.score, 1e-12)) for entry in paper.scores}
     choices = [choose(paper.operators, paper.scores, {"latency": share}) for share in SHARES]
     cuts = [math.log(max(edit.score or 1e-12 for edit in choice.edits)) for choice in choices]
     near = sorted(paper.edits(), key=lambda edit: min(abs(by_key[edit.operator, edit.replacement] - cut) for cut in cuts))[:count]
-    asked = Asked(pipeline=pipeline, edits=near, probe=replace(paper.probe, seed=SEED), fitted=paper.fitted)
-    ratios = [math.log(max(entry.score, 1e-12)) - by_key[entry.key] for entry in SCORERS["paper"]().scores(asked)]
-    return statistics.stdev(ratios) / math.sqrt(2)
+    noises = {}
+    for name, probe in zip(("seeds", "seeds and prompts"), others, strict=False):
+        asked = Asked(pipeline=pipeline, edits=near, probe=probe, fitted=paper.fitted)
+        ratios = [math.log(max(entry.score, 1e-12)) - by_key[entry.key] for entry in SCORERS["paper"]().scores(asked)]
+        noises[name] = statistics.stdev(ratios) / math.sqrt(2)
+    return noises
 
 
 def arguments() -> argparse.Namespace:

@@ -107,7 +107,7 @@ def test_with_all_that_it_may_spend_every_edit_that_matters_gets_the_papers_scor
 def test_with_nothing_to_spend_all_are_screened_and_told_so(ldm: Pipeline, operators: Operators) -> None:
     entries = list(FastScorer(allowance=0.0).scores(asked(ldm, operators)))
     assert {entry.judged for entry in entries} == {"screen"}
-    assert all(entry.doubt and entry.doubt >= UNKNOWN for entry in entries)
+    assert all(entry.doubt and entry.doubt > 0.8 * UNKNOWN for entry in entries)
 
 
 @pytest.mark.parametrize(("few", "allowance"), [(2, 8.0), (2, 13.7), (3, 0.0), (2, math.inf)])
@@ -148,11 +148,15 @@ def test_the_error_of_the_output_is_measured_or_told_from_the_screen(ldm: Pipeli
     question = asked(ldm, operators)
     scorer = FastScorer(few=2, allowance=16.0)
     entries = list(scorer.scores(question))
-    calls = scorer.calls(question, copies=1)
+    steps = scorer.calls(question, copies=1)
+    calls = [call for _, call in steps]
     whole = spread_calls(ldm, WIDE, scorer.timesteps)
-    assert [call.batch for call in calls] == [2, 2], "each of the four samples once, at one of the two steps"
-    assert torch.equal(calls[0].args[0], whole[0].args[0][0::2])
+    assert [step for step, _ in steps] == [0, 1]
+    assert torch.equal(calls[0].args[0], whole[0].args[0][0::2]), "each of the four samples once, at one of the two steps"
     assert torch.equal(calls[1].args[0], whole[1].args[0][1::2])
+    singly = scorer.calls(replace(question, batch_size=1), copies=1)
+    assert [step for step, _ in singly] == [0, 1, 0, 1], "also where a call holds one"
+    assert torch.allclose(torch.cat([call.args[0] for _, call in singly[::2]]), calls[0].args[0], atol=1e-5)
     entry = next(entry for entry in entries if entry.judged == "output")
     options = operators[entry.operator].candidate(entry.replacement).options
     known = answers(ldm.denoiser, calls)

@@ -39,6 +39,7 @@ def test_the_commands_and_then_the_python_example_run(command: Command, tmp_path
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(calibration, "CALIBRATING", 2)
     monkeypatch.setattr(planning, "JUDGED_ON", 2)
+    monkeypatch.setattr(planning, "FINALISTS", 1)
     for line in fewer("\n".join(commands())).splitlines():
         code, _, said = command(*shlex.split(line, comments=True)[1:])
         assert code == 0, f"{line}\n{said}"

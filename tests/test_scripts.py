@@ -228,7 +228,8 @@ def test_both_ways_of_scoring_are_counted_and_compared(
     for budget in made["budgets"]:
         paper, fast = budget["joint_shifts"]
         assert budget["fast_to_paper"] == fast / paper
-        assert 0 <= budget["agreed"] <= 1
+        assert budget["agreed"].keys() == made["noise_of_a_logarithm"].keys() == {"seeds"}, "it takes no prompts"
+        assert 0 <= budget["agreed"]["seeds"] <= 1
         assert all(movement > 0 for movement in budget["geometric_mean_movements"])
         jointly = budget["chosen_jointly"]
         assert jointly.keys() == ({"sweep", "improved"} if budget["latency"] == 0.65 else {"sweep"})

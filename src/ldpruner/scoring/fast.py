@@ -41,14 +41,15 @@ AT_ONCE = 16  # edits that are measured before beliefs are formed anew, whatever
 class FastScorer(Scorer):
     """The paper's order for a small share of its cost: all edits are screened, and only what is not clear is measured better.
 
-    Four rungs. *Screen*: the first-order change of the output, all edits at once (`screen.ScreenScorer`). *Output*: its error on
-    inputs that the original met. Both look at `watched` samples, each at one of `timesteps` steps, in turn: another sample tells
-    more than another step of the same, above all where each has a prompt of its own. Either is of what guidance makes of the
-    output, where calls are guided. Then latents on shared noise, of `few` samples and of twice as many, by the paper's formula with
-    one change: no sample counts as moved by more than `FAR` times the median. One that turns into another picture moves farther
-    than all others together; which ones do is chance, and of a few samples the formula says little else. Edits that were measured
-    on two rungs tell how one follows from the other: that carries every value to the last rung, so that scores are compared at
-    equal sample counts, gives it a doubt, and says how much a few samples count against the error of many (`beliefs.beliefs`).
+    Four rungs. *Screen*: the first-order change of the output, all edits at once (`screen.ScreenScorer`). *Output*: its shift by
+    the paper's formula, on inputs that the original met. Both look at `watched` samples, each at one of `timesteps` steps, in turn:
+    another sample tells more than another step of the same, above all where each has a prompt of its own. Either is of what
+    guidance makes of the output, where calls are guided. Then latents on shared noise, of `few` samples and of twice as many, by
+    the paper's formula with one change: no sample counts as moved by more than `FAR` times the median. One that turns into another
+    picture moves farther than all others together; which ones do is chance, and of a few samples the formula says little else.
+    Edits that were measured on two rungs tell how one follows from the other: that carries every value to the last rung, so that
+    scores are compared at equal sample counts, gives it a doubt, and says how much a few samples count against the outputs of many
+    (`beliefs.beliefs`).
 
     The cut of a target is the highest score among edits that the paper's order takes to meet it. An edit is clear when it lies
     `CLEAR` doubts from every cut, or another replacement of its operator clearly does less harm and saves as much. Of the rest,
@@ -56,8 +57,8 @@ class FastScorer(Scorer):
     one sample, per edit on average, where a backward pass counts as two. What would be taken, and was screened only, goes up
     before all others: to first order, scaling what a normalisation reads changes nothing, so that taking it away seems harmless.
 
-    The ladder, the limit and the race are ours; the second rung is LAPTOP-Diff's criterion (arXiv 2404.11098), the formula of the
-    last ones is LD-Pruner's (arXiv 2404.11936).
+    The ladder, the limit and the race are ours; to judge by outputs is LAPTOP-Diff's way (arXiv 2404.11098), the formula is
+    LD-Pruner's (arXiv 2404.11936).
     """
 
     budgeted: ClassVar[bool] = True
@@ -89,13 +90,17 @@ class FastScorer(Scorer):
         few = max(2, min(self.few, math.ceil(probe.samples / 2)))  # the paper's formula has a standard deviation
         return few, min(2 * few, probe.samples)
 
-    def calls(self, asked: Asked, copies: int) -> list[Call]:
-        """Calls that the original makes, each sample in one of them; rows are `copies` times all samples."""
+    def calls(self, asked: Asked, copies: int) -> list[tuple[int, Call]]:
+        """Steps and calls that the original makes there, each sample in one of them; rows are `copies` times all samples."""
         probe = replace(asked.probe, samples=self.seen(asked.probe))
-        spread = asked.original.spread_calls(probe, self.timesteps, batch_size=asked.batch_size)
-        steps = min(self.timesteps, probe.num_inference_steps)  # of every batch, one after the other
-        parts = (every(call, steps, place % steps, copies=copies) for place, call in enumerate(spread))
-        return [part for part in parts if part.batch]
+        steps = min(self.timesteps, probe.num_inference_steps, probe.samples // 2)  # a standard deviation at each
+        found, before = list[tuple[int, Call]](), 0
+        for number, call in enumerate(asked.original.spread_calls(probe, steps, batch_size=asked.batch_size)):
+            step = number % steps  # all of one batch, then of the next
+            part = every(call, steps, (step - before) % steps, copies=copies)
+            found += [(step, part)] if part.batch else []
+            before += call.batch // copies if step == steps - 1 else 0
+        return found
 
     def few_samples(self, probe: Probe) -> int:
         return self.samples(probe)[0]
@@ -118,15 +123,17 @@ class _Race:
     scorer: FastScorer
     asked: Asked
     operators: Operators
+    steps: list[int]  # at which the original makes these calls
     calls: list[Call]
     copies: int  # rows of a call for each sample
-    known: list[Tensor]  # the original's answers to them, guided where calls are
+    known: list[Tensor]  # its answers at each of these steps, guided where calls are
     guidance_scale: float | None  # where calls are guided
     reference: Tensor  # the original's latents, of many samples
     samples: tuple[int, int]
     rungs: list[dict[Key, float]]  # screen, output, latents of few samples, and of many where there are more
     spent: int
     terms: dict[Key, tuple[float, float]] = field(default_factory=dict)  # of the paper's score, on the highest rung
+    measured: dict[Key, float] = field(default_factory=dict)  # the output's error, of edits on the second rung and above
     latents: dict[Key, Tensor] = field(default_factory=dict)  # of few samples, by edits that this process measured
 
     @classmethod
@@ -137,7 +144,7 @@ class _Race:
         few, many = scorer.samples(asked.probe)
         reference = asked.original.latents(replace(asked.probe, samples=many), batch_size=asked.batch_size)
         copies = asked.pipeline.call(asked.probe).batch
-        calls = scorer.calls(asked, copies)
+        steps, calls = map(list, zip(*scorer.calls(asked, copies), strict=True))
         scale = asked.pipeline.guidance_scale(asked.probe) if calls[0].guided else None  # tiled, all of them would look guided
 
         def screen(size: int) -> dict[Key, float]:
@@ -149,9 +156,10 @@ class _Race:
             scorer=scorer,
             asked=asked,
             operators=asked.operators,
+            steps=steps,
             calls=calls,
             copies=copies,
-            known=answers(asked.pipeline.denoiser, calls, guidance_scale=scale),
+            known=by_step(steps, answers(asked.pipeline.denoiser, calls, guidance_scale=scale)),
             guidance_scale=scale,
             reference=reference,
             samples=(few, many),
@@ -186,8 +194,12 @@ class _Race:
         for rung, going in sorted(by_rung.items()):
             measure = functools.partial(self._at_once, measures[rung])
             found = self.asked.ledger.measured(self._names()[rung], going, measure, at_once=self._together(rung))
-            self.rungs[rung] |= {key: sum(values) for key, values in found.items()}
-            self.terms |= {key: (values[0], values[1]) for key, values in found.items() if len(values) == 2}
+            if rung == 1:
+                self.rungs[1] |= {key: shift for key, (shift, _) in found.items()}
+                self.measured |= {key: error for key, (_, error) in found.items()}
+            else:
+                self.rungs[rung] |= {key: sum(values) for key, values in found.items()}
+                self.terms |= {key: (mean, std) for key, (mean, std) in found.items()}
             self.spent += self._cost(rung) * len(going)
 
     def _next(self, edit: Edit) -> int:
@@ -209,7 +221,7 @@ class _Race:
 
     def errors(self) -> dict[Key, float]:
         """The error of the output, where it was not measured as the screen tells it."""
-        return {key: math.exp(belief.mean) for key, belief in beliefs(self.rungs[:2]).items()}
+        return {key: math.exp(belief.mean) for key, belief in beliefs([self.rungs[0], self.measured]).items()}
 
     def score(self, edit: Edit, belief: Belief, error: float, *, seconds: float) -> Score:
         mean, std = self.terms.get(key_of(edit), (None, None))
@@ -265,9 +277,17 @@ class _Race:
         calls = [tiled(call, len(edits), copies=self.copies) for call in self.calls]
         with self._changed(edits):
             made = answers(self.asked.pipeline.denoiser, calls, guidance_scale=self.guidance_scale)
-        parts = zip(*(output.chunk(len(edits)) for output in made), strict=True)
-        errors = (mean_squared_error(self.known, part) ** 0.5 for part in parts)
-        return [[error if math.isfinite(error) else BROKEN] for error in errors]
+        copies = self.copies if self.guidance_scale is None else 1
+        apart = [output.reshape(copies, len(edits), -1, *output.shape[1:]) for output in made]
+        return [self._of_output([output[:, place].flatten(0, 1) for output in apart]) for place in range(len(edits))]
+
+    def _of_output(self, answered: Sequence[Tensor]) -> list[float]:
+        """How far answers shift by the paper's formula, root mean square over steps, and their root mean squared error."""
+        made = by_step(self.steps, answered)
+        terms = [shifts(Statistics.of(known), Statistics.of(other)) for known, other in zip(self.known, made, strict=True)]
+        shift = math.sqrt(sum((mean + std) ** 2 for mean, std in terms) / len(terms))
+        error = mean_squared_error(self.known, made) ** 0.5
+        return [min(shift, BROKEN), error if math.isfinite(error) else BROKEN]
 
     def _shifts_of_few(self, edits: Sequence[Edit]) -> list[list[float]]:
         made = self._generated(edits, range(self.samples[0]))
@@ -304,6 +324,11 @@ class _Race:
 
 
 HIGHEST = math.log(BROKEN)
+
+
+def by_step(steps: Sequence[int], outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs of each step, samples of all batches together."""
+    return [torch.cat([output for at, output in zip(steps, outputs, strict=True) if at == step]) for step in sorted(set(steps))]
 
 
 def gap(belief: Belief, cut: float) -> float:
