@@ -268,9 +268,13 @@ class Chooser:
 
 
 def agreed(mine: set[Key], other: set[Key], scores: Mapping[Key, Score], noise: float) -> float:
-    """The share of edits in either set that are in both, or lie within the noise of the highest score that is taken."""
+    """The share of edits in either set that are in both, or lie within the noise of the highest score that is taken.
+
+    Where such an edit takes the place of another replacement of its operator, that one is in one set only for the same reason.
+    """
     cut = math.log(max(scores[key].score for key in mine))
-    ties = {key for key in mine ^ other if abs(math.log(scores[key].score) - cut) <= 2 * noise}
+    near = {key for key in mine ^ other if abs(math.log(scores[key].score) - cut) <= 2 * noise}
+    ties = {(operator, name) for operator, name in mine ^ other if operator in {operator for operator, _ in near}}
     either = mine | other
     return len((mine & other) | ties) / len(either) if either else 1.0
 
