@@ -19,7 +19,7 @@ from ldpruner.memory import ran_out, samples_at_once, within_memory
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
 from ldpruner.scoring import SCORERS, Asked, fast
-from ldpruner.scoring.beliefs import UNKNOWN, Belief, Step, beliefs
+from ldpruner.scoring.beliefs import LEAST, UNKNOWN, Belief, Step, beliefs
 from ldpruner.scoring.fast import FastScorer, gap
 from ldpruner.scoring.latent import BROKEN, PaperScorer, latent_shift, tamed
 from ldpruner.scoring.teacher_forced import answers, mean_squared_error
@@ -44,6 +44,7 @@ def test_a_step_between_rungs_is_read_from_what_was_measured_on_both() -> None:
     few = Step.of([(0.0, 1.0), (1.0, 2.5)])
     assert few.spread == UNKNOWN, "two say nothing of their spread"
     assert 1.0 < few.slope < 1.5, "and little of the slope"
+    assert Step.of([(0.0, 1.0), (0.001, -3.0), (0.002, -4.0)]).slope == LEAST, "alike by one kind: their order is chance"
     assert Step.of([]) == Step(intercept=0.0, slope=1.0, spread=UNKNOWN)
 
 

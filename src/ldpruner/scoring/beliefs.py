@@ -15,6 +15,7 @@ FLOOR = 1e-12  # what changes nothing scores 0, which has no logarithm
 UNKNOWN = 1.0  # standard deviation of a logarithm that little is known of: a factor of e
 FEW = 5  # edits measured both ways below which no spread is read from them
 STRUCTURAL = 0.25  # of the variance about a step at least: kinds differ in more than samples
+LEAST = 0.5  # slope: what does more harm by one kind does so by the next, whatever a few edits that are alike say
 STIFFNESS = 4.0  # how many edits' worth of evidence says that one kind is in proportion to the next
 
 
@@ -43,7 +44,7 @@ class Step:
         cheap, dear = np.array(pairs).T
         x, y = cheap - cheap.mean(), dear - dear.mean()
         variance = max(float(np.var(cheap)), FLOOR)
-        slope = float((x @ y + STIFFNESS * variance) / (x @ x + STIFFNESS * variance))
+        slope = max(LEAST, float((x @ y + STIFFNESS * variance) / (x @ x + STIFFNESS * variance)))
         left = y - slope * x
         spread = float(np.sqrt(left @ left / max(1, len(pairs) - 2))) if len(pairs) >= FEW else UNKNOWN
         return cls(intercept=float(dear.mean() - slope * cheap.mean()), slope=slope, spread=spread)

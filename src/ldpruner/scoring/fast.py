@@ -53,10 +53,9 @@ class FastScorer(Scorer):
 
     The cut of a target is the highest score among edits that the paper's order takes to meet it. An edit is clear when it lies
     `CLEAR` doubts from every cut, or another replacement of its operator clearly does less harm and saves as much. Of the rest,
-    those that were screened only, and then those nearest to each cut, go up one rung, until all are clear or on the last one, or
-    `allowance` is spent: denoiser passes of one sample, per edit on average, where a backward pass counts as two. What would be
-    taken, and was screened only, goes up before all others: to first order, scaling what a normalisation reads changes nothing, so
-    that taking it away seems harmless.
+    those nearest to each cut go up one rung, until all are clear or on the last one, or `allowance` is spent: denoiser passes of
+    one sample, per edit on average, where a backward pass counts as two. What would be taken, and was screened only, goes up
+    before all others: to first order, scaling what a normalisation reads changes nothing, so that taking it away seems harmless.
 
     The ladder, the limit and the race are ours; to judge by outputs is LAPTOP-Diff's way (arXiv 2404.11098), the formula is
     LD-Pruner's (arXiv 2404.11936).
@@ -181,7 +180,7 @@ class _Race:
         for cut in cuts if not found else ():
             gaps = {key_of(edit): gap(believed[key_of(edit)], cut) for edit in waiting}
             near = [edit for edit in waiting if gaps[key_of(edit)] < CLEAR]
-            near.sort(key=lambda edit: (self._next(edit) > 1, gaps[key_of(edit)]))  # outputs cost little, and tell most
+            near.sort(key=lambda edit: gaps[key_of(edit)])
             found |= {key_of(edit): edit for edit in near[: math.ceil(AT_ONCE / len(cuts))]}
         costs = itertools.accumulate(self._cost(self._next(edit)) for edit in found.values())
         left = self.scorer.allowance * len(self.asked.edits) - self.spent
