@@ -71,12 +71,12 @@ def tiny_unet(*, size: int | tuple[int, int], channels: int, layers: int = 1) ->
     )
 
 
-def small_unet() -> UNet2DModel:
-    """A denoiser of 4x4 latents with a third of the operators, for what asks after all of them several times."""
+def small_unet(*, size: int | tuple[int, int], channels: int) -> UNet2DModel:
+    """A denoiser of square latents with a third of the operators, for what asks after all of them several times."""
     return UNet2DModel(
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
+        sample_size=size,
+        in_channels=channels,
+        out_channels=channels,
         block_out_channels=(8,),
         layers_per_block=1,
         norm_num_groups=4,
@@ -89,7 +89,7 @@ def small_unet() -> UNet2DModel:
 def tiny_ldm(*, small: bool = False) -> LDMPipeline:
     """An unconditional pipeline with residual blocks, shortcuts and attention, some 100 operators and 4x4 latents."""
     torch.manual_seed(0)
-    unet = small_unet() if small else tiny_unet(size=4, channels=4)
+    unet = (small_unet if small else tiny_unet)(size=4, channels=4)
     vqvae = VQModel(
         in_channels=1, out_channels=1, block_out_channels=(8,), latent_channels=4, norm_num_groups=4, num_vq_embeddings=16
     )
@@ -144,10 +144,10 @@ def tiny_stable_diffusion(folder: Path) -> StableDiffusionPipeline:
     )
 
 
-def tiny_audio() -> AudioDiffusionPipeline:
+def tiny_audio(*, small: bool = False) -> AudioDiffusionPipeline:
     """An unconditional pipeline whose 16x16 pictures are mel spectrograms of a quarter of a second."""
     torch.manual_seed(0)
-    unet = tiny_unet(size=(8, 8), channels=2)
+    unet = (small_unet if small else tiny_unet)(size=(8, 8), channels=2)
     vqvae = AutoencoderKL(
         in_channels=1,
         out_channels=1,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from conftest import PROBE, Command
+from conftest import PROBE, Command, tiny_ldm
 from ldpruner import arrangements
 from ldpruner.arrangements import arrangement, arranges, channels_last_pays, channels_last_ratio, fastest
 from ldpruner.operators import discover
@@ -57,6 +57,12 @@ def test_rounds_are_timed_in_turn_and_the_median_counts(ldm: Pipeline, monkeypat
     monkeypatch.setattr(arrangements, "seconds", seconds)
     assert channels_last_ratio(ldm.denoiser, ldm.call(PROBE)) == 0.75
     assert laid == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
+
+
+@pytest.fixture
+def ldm() -> Pipeline:
+    """Few operators: all of them are scored again and again."""
+    return Pipeline(tiny_ldm(small=True), source="small-ldm")
 
 
 def test_what_the_user_laid_otherwise_stays(ldm: Pipeline) -> None:

@@ -17,8 +17,8 @@ import pytest
 from diffusers import VQModel
 from PIL import Image
 
-from conftest import tiny_ldm
-from ldpruner import Pipeline, Probe
+from conftest import tiny_audio, tiny_ldm
+from ldpruner import Probe
 from ldpruner.files import read_json_lines
 from ldpruner.pipelines import locate
 from ldpruner.reporting import percent
@@ -304,8 +304,8 @@ def test_predicted_latencies_are_compared_with_those_measured_twice(
 
 
 @pytest.mark.slow
-def test_the_demo_of_sound_leaves_something_to_listen_to(script: Callable[..., None], audio: Pipeline, tmp_path: Path) -> None:
-    audio.pipe.save_pretrained(tmp_path / "tiny-audio")
+def test_the_demo_of_sound_leaves_something_to_listen_to(script: Callable[..., None], tmp_path: Path) -> None:
+    tiny_audio(small=True).save_pretrained(tmp_path / "tiny-audio")
     few = ["--samples", "2", "--steps", "1", "--latency", "98%", "--model", tmp_path / "tiny-audio", "--out", tmp_path / "demo"]
     script(ROOT / "examples" / "demo.py", "digits", *few)
     assert len(list((tmp_path / "demo" / "sounds-original").glob("*.wav"))) == 8

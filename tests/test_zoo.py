@@ -24,11 +24,12 @@ from scipy.io import wavfile
 from torch import nn
 from transformers import CLIPTokenizer
 
-from ldpruner import Probe, load
+from ldpruner import Probe, discover, load
 from ldpruner.evaluation import evaluate
 from ldpruner.pipelines import locate
+from ldpruner.plans import Operators
 from ldpruner.sound import read_wav, write_wav
-from ldpruner.zoo import autoencoders, commands, digits_recipe, emoji_recipe
+from ldpruner.zoo import autoencoders, commands, digits_recipe, emoji_recipe, measuring
 from ldpruner.zoo.data import load_pictures
 from ldpruner.zoo.folders import load_captioned, load_recordings
 from ldpruner.zoo.training import Training, train
@@ -173,7 +174,17 @@ def digits_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", commands.NAMES)
-def test_a_reduced_training_run_makes_a_whole_pipeline(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+def test_a_reduced_training_run_makes_a_whole_pipeline(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted: list[Operators] = []  # once for both runs, whose denoisers are the same
+
+    def discovered(*given: Any, **settings: Any) -> Operators:
+        if not counted:
+            counted.append(discover(*given, **settings))
+        return counted[0]
+
+    monkeypatch.setattr(measuring, "discover", discovered)
     data = request.getfixturevalue("data" if name == "fashion" else f"{name}_data")
     figures = commands.train(name, data=data, out=tmp_path / "out", work=tmp_path / "work", reduced=True)
     made = load(tmp_path / "out").images(Probe(samples=1, num_inference_steps=1))[0]
