@@ -194,7 +194,8 @@ class _Race:
         measures = {1: self._output_errors, 2: self._shifts_of_few, 3: self._shifts_of_many}
         for rung, going in sorted(by_rung.items()):
             measure = functools.partial(self._at_once, measures[rung])
-            found = self.asked.ledger.measured(self._names()[rung], going, measure, at_once=self._together(rung))
+            kind = "outputs" if rung == 1 else self._names()[rung]  # as "output" older folders hold another number
+            found = self.asked.ledger.measured(kind, going, measure, at_once=self._together(rung))
             if rung == 1:
                 self.rungs[1] |= {key: shift for key, (shift, _) in found.items()}
                 self.measured |= {key: error for key, (_, error) in found.items()}
