@@ -195,10 +195,10 @@ class _Work:
 
     def _edits_at_once(self, few: int, samples: int | None) -> int:
         """How many edits share a call of so many samples, few for each: as the run began, or as the first process measures."""
-        found = self.store.edits_at_once if self.store else None
+        found, most = self.store.edits_at_once if self.store else None, (samples or self.probe.samples) // few if few else 1
         if found is None and self.crew.leads:
-            found = (samples or self.probe.samples) // few if few else 1
+            found = most
             if found > 1:
                 small, large = (self.pipeline.call(self.probe, samples=count) for count in (few, few * found))
                 found = found if sharing_pays(self.pipeline.denoiser, small, large, self.tell) else 1
-        return self.crew.leaders(found)
+        return max(1, min(self.crew.leaders(found), most))  # a run may go on with smaller calls
