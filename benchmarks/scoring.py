@@ -5,11 +5,12 @@
 Both score every replacement of every operator. What is compared: denoiser passes of one sample (rows of its batches, so that
 guidance counts twice; a backward pass counts as two), processor and wall seconds, memory, and what is decided by the scores: their
 rank correlation and, for latency 80, 65 and 50 % as the operators' times predict it, the sets that the paper's order takes and
-the joint latent shift of each on other samples. Few samples that turn into other pictures can make up most of that; what samples
-move by in the geometric mean stands beside it. An edit that is in one set only counts as agreed on where its score lies within
-the noise of the paper's score of the cut: two standard deviations between two seeds, told by scoring those near the cut again;
-and again with other prompts, where there are some: those of a probe are as much a draw as its noise.
-Beside the paper's order by either scores stand plans by the fast scores that are chosen by joint shift, and their passes.
+the joint latent shift of each on other samples. Few samples that turn into other pictures can make up most of that, so the middle
+90 % of a ratio stands beside it, were other samples drawn from these, and what samples move by in the geometric mean. An edit that
+is in one set only counts as agreed on where its score lies within the noise of the paper's score of the cut: two standard
+deviations between two seeds, told by scoring those near the cut again; and again with other prompts, where there are some: those
+of a probe are as much a draw as its noise. What the paper's order takes by these scores instead tells how far apart two runs of
+the paper's way are. Beside the order stand plans by either scores that are chosen by joint shift, and their passes.
 
 Scores of the paper's way are kept in the folder `--work`: a run that stopped goes on there. Each of them costs the same, so what
 one costs is measured in this run and multiplied; `seconds_told` is the sum of what each took when it was scored. The fast way runs
@@ -26,9 +27,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,27 +39,22 @@ from scipy.stats import spearmanr
 import ldpruner
 from ldpruner.arrangements import sharing_pays
 from ldpruner.environment import environment, peak_since_reset, release_memory, reset_peak
-from ldpruner.improving import improve
-from ldpruner.judging import JointShift
 from ldpruner.operators.timing import device_of
 from ldpruner.pipelines import Pipeline
-from ldpruner.planning import JUDGED_ON
-from ldpruner.plans import Edit, Quantity, Score
+from ldpruner.plans import Edit, Score
 from ldpruner.probes import Probe
 from ldpruner.scoring import SCORERS, Asked, Run, score
-from ldpruner.scoring.latent import distances, latent_shift
-from ldpruner.selection import SWEEP, choice_of, choose, chosen_in, selections_of
-from ldpruner.selection.choice import Chosen
-from ldpruner.surgery import pruned_view
+from ldpruner.selection import choose
 from ldpruner.trajectories import counted
 
+sys.path.insert(0, str(Path(__file__).parent))
+from choosing import Chooser, Judge, Moves
+
 SHARES = (0.80, 0.65, 0.50)
-IMPROVED_AT = 0.65  # where plans are improved too, if that is asked for: some hundred sets are measured
 APART = 5_000  # from the seeds that score to those that judge
 SEED = 10_000  # of the second opinion
 
 Key = tuple[str, str]
-Moves = tuple[float, float]  # the joint latent shift of a plan, and what samples move by in the geometric mean
 
 
 def main() -> None:
@@ -168,103 +164,57 @@ def edits_at_once(pipeline: Pipeline, few: int, probe: Probe) -> int:
 
 def decisions(pipeline: Pipeline, paper: Run, fast: Run, options: argparse.Namespace) -> dict[str, Any]:
     """What each way's scores make of the same budgets."""
-    noises = noises_of(pipeline, paper, options.noise)
-    judge = replace(pipeline.varied(paper.probe), samples=options.judged, seed=paper.probe.seed + APART)
-    reference = pipeline.latents(judge, batch_size=options.batch_size)
-
-    def moved(edits: Sequence[Edit]) -> Moves:
-        """The joint latent shift, and the geometric mean of what samples move by, in which no single one counts for much."""
-        with torch.inference_mode(), pipeline.with_denoiser(pruned_view(pipeline.denoiser, edits, paper.fitted)):
-            latents = pipeline.latents(judge, batch_size=options.batch_size)
-        return latent_shift(reference, latents), float(distances(reference, latents).clamp(min=1e-12).log().mean().exp())
-
-    budgets = [budget(share, paper, fast, noises, moved) for share in SHARES]
-    for entry in budgets if options.sweep else ():
-        share = entry["latency"]
-        improved_on = options.improved if share == IMPROVED_AT else 0
-        chooser = Chooser(pipeline=pipeline, run=fast, share=share, improved_on=improved_on)
-        entry["chosen_jointly"] = chooser.compared(moved, entry["joint_shifts"][0])
+    again = scored_again(pipeline, paper, options.noise)
+    noises = {name: noise(paper, scores) for name, scores in again.items()}
+    probe = replace(pipeline.varied(paper.probe), samples=options.judged, seed=paper.probe.seed + APART)
+    judge = Judge.on(pipeline, probe, paper.fitted, options.batch_size)
+    budgets = [budget(share, paper, fast, again, noises, judge, options) for share in SHARES]
     return {"noise_of_a_logarithm": noises, "budgets": budgets}
 
 
 def budget(
-    share: float, paper: Run, fast: Run, noises: Mapping[str, float], moved: Callable[[Sequence[Edit]], Moves]
+    share: float,
+    paper: Run,
+    fast: Run,
+    again: Mapping[str, Mapping[Key, Score]],
+    noises: Mapping[str, float],
+    judge: Judge,
+    options: argparse.Namespace,
 ) -> dict[str, Any]:
-    """What the paper's order takes for one share of the latency, by the scores of each way."""
-    mine, other = (choose(paper.operators, run.scores, {"latency": share}) for run in (paper, fast))
-    sets = [{(e.operator, e.replacement) for e in choice.edits if e.reason == "chosen"} for choice in (mine, other)]
-    shifts, movements = zip(*(moved(choice.edits) for choice in (mine, other)), strict=True)
+    """Plans for one share of the latency, each beside that of the paper's scores in the paper's order."""
+    drawn_again = {f"paper, other {name}": with_scores(paper, scores) for name, scores in again.items()}
+    ordered = {
+        f"{name}, order": choose(paper.operators, run.scores, {"latency": share}).edits
+        for name, run in {"paper": paper, **drawn_again, "fast": fast}.items()
+    }
+    first = judge.moves(ordered["paper, order"])
+    plans = {name: told(edits, judge, first) for name, edits in ordered.items()}
+    for name, run in {"paper": paper, "fast": fast}.items() if options.sweep else ():
+        chooser = Chooser(pipeline=judge.pipeline, run=run, share=share)
+        selection, edits, passes = chooser.swept()
+        plans[f"{name}, sweep"] = {**told(edits, judge, first), "selection": selection, "passes": passes}
+        if name == "fast" and share in options.improved:
+            edits, shifts, passes = chooser.improved(edits)
+            plans["fast, improved"] = {**told(edits, judge, first), "shifts_on_the_way": shifts, "passes": passes}
+    mine, other = (chosen(ordered[f"{name}, order"]) for name in ("paper", "fast"))
+    scores = {entry.key: entry for entry in paper.scores}
     return {
         "latency": share,
-        "edits": [len(each) for each in sets],
-        "joint_shifts": shifts,
-        "fast_to_paper": shifts[1] / shifts[0],
-        "geometric_mean_movements": movements,
-        "fast_to_paper_by_movement": movements[1] / movements[0],
-        "agreed": {
-            name: agreed(sets[0], sets[1], {entry.key: entry for entry in paper.scores}, noise) for name, noise in noises.items()
-        },
+        "plans": plans,
+        "agreed": {name: agreed(mine, other, scores, noise) for name, noise in noises.items()},
     }
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chooser:
-    """Plans from the fast scores that are chosen by their joint shift, for one share of the latency as operators' times predict it.
+def told(edits: Sequence[Edit], judge: Judge, first: Moves) -> dict[str, Any]:
+    return {"edits": len(chosen(edits)), **judge.moves(edits).beside(first)}
 
-    As planning has it, but that no latency is measured: a plan by each ranking and objective, of which the one that shifts least
-    is taken (`sweep`); and that plan improved, where `improved_on` says on how many samples. Judges see none of the samples that
-    the plans are compared on here.
-    """
 
-    pipeline: Pipeline
-    run: Run
-    share: float
-    improved_on: int
+def chosen(edits: Sequence[Edit]) -> set[Key]:
+    return {(edit.operator, edit.replacement) for edit in edits if edit.reason == "chosen"}
 
-    def compared(self, moved: Callable[[Sequence[Edit]], Moves], papers: float) -> dict[str, Any]:
-        """Each joint shift, beside that of the plan by the paper's scores and order, and the passes that it took to choose."""
-        result: dict[str, Any] = {}
-        with counted(self.pipeline.denoiser) as passes:
-            name, edits = self.swept()
-        result["sweep"] = {"selection": name, **self.figures(moved, edits, papers), "passes": passes.count}
-        if self.improved_on:
-            with counted(self.pipeline.denoiser) as passes:
-                edits = self.improved(edits)
-            result["improved"] = {**self.figures(moved, edits, papers), "passes": passes.count}
-        return result
 
-    def figures(self, moved: Callable[[Sequence[Edit]], Moves], edits: Sequence[Edit], papers: float) -> dict[str, Any]:
-        shift, movement = moved(edits)
-        chosen = sum(edit.reason == "chosen" for edit in edits)
-        return {"edits": chosen, "joint_shift": shift, "to_paper": shift / papers, "geometric_mean_movement": movement}
-
-    def judge(self, samples: int, apart: int, edits: Sequence[Edit]) -> JointShift:
-        seed = self.run.probe.seed + apart
-        judge = JointShift.on(self.pipeline, self.run.probe, samples=samples, seed=seed, batch_size=None)
-        return judge.tamed(edits, self.run.fitted)
-
-    def swept(self) -> tuple[str, Sequence[Edit]]:
-        plans: dict[str, Sequence[Edit]] = {}
-        for name in selections_of(SWEEP, self.run.scores):
-            edits = choose(self.run.operators, self.run.scores, self.targets, selection=name).edits
-            if edits not in plans.values():
-                plans[name] = edits
-        judge = self.judge(JUDGED_ON, 3 * APART, next(iter(plans.values())))
-        best = min(plans, key=lambda name: judge.of(plans[name], self.run.fitted))
-        return best, plans[best]
-
-    def improved(self, edits: Sequence[Edit]) -> Sequence[Edit]:
-        operators, scores, judge = self.run.operators, self.run.scores, self.judge(self.improved_on, 2 * APART, edits)
-
-        def shift(chosen: Chosen) -> float:
-            return judge.of(choice_of(chosen, operators, scores, {}).edits, self.run.fitted)
-
-        found = improve(chosen_in(edits, operators), operators, scores, self.targets, judge=shift)
-        return choice_of(found.chosen, operators, scores, {}).edits
-
-    @property
-    def targets(self) -> dict[Quantity, float]:
-        return {"latency": self.share}
+def with_scores(run: Run, scores: Mapping[Key, Score]) -> Run:
+    return replace(run, scores=tuple(scores.get(entry.key, entry) for entry in run.scores))
 
 
 def agreed(mine: set[Key], other: set[Key], scores: Mapping[Key, Score], noise: float) -> float:
@@ -279,10 +229,10 @@ def agreed(mine: set[Key], other: set[Key], scores: Mapping[Key, Score], noise: 
     return len((mine & other) | ties) / len(either) if either else 1.0
 
 
-def noises_of(pipeline: Pipeline, paper: Run, count: int) -> dict[str, float]:
-    """The standard deviation of one score's logarithm, of `count` edits nearest to the cuts, from other samples to others.
+def scored_again(pipeline: Pipeline, paper: Run, count: int) -> dict[str, dict[Key, Score]]:
+    """The paper's scores of `count` edits nearest to the cuts, of other samples: what differs from the first is in the name.
 
-    From seed to seed; and, where a pipeline takes prompts, with the next of its own prompts as well.
+    Other seeds; and, where a pipeline takes prompts, the next of its own prompts as well.
     """
     others = [replace(paper.probe, seed=SEED)]
     if paper.probe.prompts:
@@ -292,12 +242,17 @@ def noises_of(pipeline: Pipeline, paper: Run, count: int) -> dict[str, float]:
     choices = [choose(paper.operators, paper.scores, {"latency": share}) for share in SHARES]
     cuts = [math.log(max(edit.score or 1e-12 for edit in choice.edits)) for choice in choices]
     near = sorted(paper.edits(), key=lambda edit: min(abs(by_key[edit.operator, edit.replacement] - cut) for cut in cuts))[:count]
-    noises = {}
+    found = {}
     for name, probe in zip(("seeds", "seeds and prompts"), others, strict=False):
         asked = Asked(pipeline=pipeline, edits=near, probe=probe, fitted=paper.fitted)
-        ratios = [math.log(max(entry.score, 1e-12)) - by_key[entry.key] for entry in SCORERS["paper"]().scores(asked)]
-        noises[name] = statistics.stdev(ratios) / math.sqrt(2)
-    return noises
+        found[name] = {entry.key: entry for entry in SCORERS["paper"]().scores(asked)}
+    return found
+
+
+def noise(paper: Run, again: Mapping[Key, Score]) -> float:
+    """The standard deviation of one score's logarithm from samples to others."""
+    pairs = ((entry.score, again[entry.key].score) for entry in paper.scores if entry.key in again)
+    return statistics.stdev(math.log(max(other, 1e-12) / max(score, 1e-12)) for score, other in pairs) / math.sqrt(2)
 
 
 def arguments() -> argparse.Namespace:
@@ -307,9 +262,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--samples", type=int, default=48)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--judged", type=int, default=256, help="other samples that judge the plans")
-    parser.add_argument("--noise", type=int, default=16, help="edits that are scored with a second seed")
+    parser.add_argument("--noise", type=int, default=16, help="edits that are scored on other samples too")
     parser.add_argument("--sweep", action=argparse.BooleanOptionalAction, default=True, help="choose plans by joint shift too")
-    parser.add_argument("--improved", type=int, default=0, help="samples on which the plan of 65 %% is improved too")
+    parser.add_argument("--improved", nargs="*", type=float, default=[], choices=SHARES, help="where that plan is improved too")
     parser.add_argument("--batch-size", type=int)
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import random
 from collections.abc import Callable
 
 import pytest
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from conftest import PROBE, tiny_unet
 from ldpruner import discover
-from ldpruner.operators import Call, meta_copy, timing
-from ldpruner.operators.tracing import architecture, count_macs, trace, weights_digest
+from ldpruner.ldpruner_v1 import install
+from ldpruner.operators import Call, discovery, meta_copy, timing
+from ldpruner.operators.discovery import DeadCode
+from ldpruner.operators.tracing import Trace, architecture, count_macs, trace, weights_digest
 from ldpruner.pipelines import Pipeline
-from ldpruner.plans import Edit, Operators
+from ldpruner.plans import Edit, Operators, outermost, within
 from ldpruner.replacements import REPLACEMENTS
 from ldpruner.surgery import trial
 
@@ -181,6 +184,55 @@ def test_the_dead_that_are_named_are_those_that_get_no_gradient(family: Callable
         assert named == unreached, operator.name
         checked += len(candidate.dead)
     assert checked > 3
+
+
+def chosen_at_random(operators: Operators, seed: int) -> list[Edit]:
+    draw = random.Random(seed)
+    pairs, edits = operators.pairs(), list[Edit]()
+    for operator, candidate in draw.sample(pairs, draw.choice([2, 10, 40])):
+        if not any(within(operator.name, e.operator) or within(e.operator, operator.name) for e in edits):
+            edits.append(Edit(operator=operator.name, replacement=candidate.replacement, options=candidate.options))
+    return edits
+
+
+def reaching_the_output(traced: Trace) -> set[str]:
+    reaching = traced.dataflow.reaching()
+    return {name for name, entry in traced.modules.items() if reaching.intersection(entry.operations)}
+
+
+@pytest.mark.parametrize("family", [unet, conditional_unet])
+def test_what_dies_of_many_edits_is_what_a_trace_of_the_pruned_denoiser_no_longer_needs(
+    family: Callable[[], tuple[nn.Module, Call]],
+) -> None:
+    model, call, operators = discovered(family)
+    dead_code, found = DeadCode(model, call, operators), 0
+    before = reaching_the_output(trace(meta_copy(model), call.to("meta")))
+    for seed in range(8):
+        edits = chosen_at_random(operators, seed)
+        complete = {edit.operator for edit in dead_code.completed(edits)}
+        skeleton = meta_copy(model)
+        install(skeleton, {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in edits})
+        after = trace(skeleton.to("meta"), call.to("meta"))
+        left = (before & after.modules.keys()) - reaching_the_output(after)
+        left = {n for n in left if operators_that_can_die(operators, n) and not any(within(n, e.operator) for e in edits)}
+        assert complete == set(outermost([*left, *(edit.operator for edit in edits)])), seed
+        found += len(left)
+    assert found > 8
+
+
+def operators_that_can_die(operators: Operators, name: str) -> bool:
+    return any(operator.name == name and operator.if_dead for operator in operators.operators)
+
+
+@pytest.mark.parametrize("family", [unet, transformer])
+def test_what_fits_is_told_alike_with_numbers_and_with_shapes_only(
+    family: Callable[[], tuple[nn.Module, Call]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, call, operators = discovered(family)
+    digest = weights_digest(model)
+    monkeypatch.setattr(discovery, "CHEAP", 0)
+    assert discover(model, call, timing_repeats=0) == operators
+    assert weights_digest(model) == digest
 
 
 def test_what_is_found_does_not_depend_on_the_mode_that_the_caller_is_in() -> None:

@@ -24,7 +24,11 @@ class Dataflow:
         return len(self.reads)
 
     def reaching(self, instead: Mapping[int, Iterable[int]] | None = None) -> set[int]:
-        """The operations that the outputs depend on.
+        """The operations that the outputs depend on; see `needed`."""
+        return self.needed(instead)[0]
+
+    def needed(self, instead: Mapping[int, Iterable[int]] | None = None) -> tuple[set[int], set[int]]:
+        """The operations and the tensors that the outputs depend on.
 
         `instead` cuts: a tensor named there is no longer made by its operations, but from the tensors given.
         """
@@ -43,4 +47,4 @@ class Dataflow:
             for operation in self.makers.get(tensor, []):
                 found.add(operation)
                 waiting += self.reads[operation]
-        return found
+        return found, seen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -9,9 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ldpruner.errors import PipelineError
-from ldpruner.ldpruner_v1 import build, install
+from ldpruner.ldpruner_v1 import build
 from ldpruner.operators.stages import stage_of_blocks
 from ldpruner.operators.timing import device_of, time_modules, time_pointwise
 from ldpruner.operators.tracing import Call, Trace, Traced, architecture, meta_copy, tensors_in, trace
@@ -20,13 +22,15 @@ from ldpruner.replacements import REPLACEMENTS, pointwise_cost, zeros_like_outpu
 
 log = logging.getLogger(__name__)
 
+CHEAP = 2e9  # multiply-accumulates of a call: one of fewer is quicker than what the meta device takes to go through its shapes
+
 
 def discover(denoiser: nn.Module, call: Call, *, timing_repeats: int = 9) -> Operators:
     """Find every module that a registered replacement fits, and time it on the device that it is on.
 
-    A module qualifies when the call runs it exactly once. Every pair of operator and replacement has run, on the meta
-    device, in the module around it. `timing_repeats=0` leaves times at 0. Raises `PipelineError` where the denoiser cannot
-    be traced.
+    A module qualifies when the call runs it exactly once. Every pair of operator and replacement has run in the module around
+    it: on the meta device, which takes no memory, or in a copy of a denoiser so small that it is quicker. `timing_repeats=0`
+    leaves times at 0. Raises `PipelineError` where the denoiser cannot be traced.
     """
     dry = call.to("meta")
     skeleton = meta_copy(denoiser)
@@ -34,7 +38,7 @@ def discover(denoiser: nn.Module, call: Call, *, timing_repeats: int = 9) -> Ope
         traced = trace(skeleton, dry)
     except (RuntimeError, NotImplementedError) as error:
         raise PipelineError(f"{type(denoiser).__name__}: its call cannot be traced without weights ({error}).") from error
-    found = _Survey(skeleton, traced, batch=call.batch).operators()
+    found = _Survey(_tried_in(denoiser, skeleton, traced.macs), traced, batch=call.batch).operators()
     total = Cost(params=_params(denoiser), macs=traced.macs // call.batch)
     operators = Operators(
         model=architecture(denoiser),
@@ -64,15 +68,14 @@ def with_times(operators: Operators, denoiser: nn.Module, call: Call, *, repeats
 
 
 class DeadCode:
-    """Finds what edits leave without a use. The denoiser is traced once, and once for every set of edits that is asked about."""
+    """Finds what edits leave without a use. The denoiser is traced once; what edits take its tensors from is told by themselves."""
 
     def __init__(self, denoiser: nn.Module, call: Call, operators: Operators) -> None:
-        self.denoiser = denoiser
-        self.call = call.to("meta")
         self.operators = operators
-        self._found: dict[frozenset[tuple[str, str]], frozenset[str]] = {}
-        can_die = {operator.name for operator in operators.operators if operator.if_dead}
-        self._used = can_die & _reaching(trace(meta_copy(denoiser), self.call))
+        self._trace = trace(meta_copy(denoiser), call.to("meta"))
+        alive = self._trace.dataflow.reaching()
+        can_die = (operator.name for operator in operators.operators if operator.if_dead)
+        self._used = {name for name in can_die if alive.intersection(self._trace.modules[name].operations)}
 
     def completed(self, edits: Sequence[Edit]) -> tuple[Edit, ...]:
         """The edits, and those that take away what they leave without a use, one by one or jointly."""
@@ -81,29 +84,41 @@ class DeadCode:
         by_name = {edit.operator: edit for edit in kept} | {name: dead_edit(self.operators[name]) for name in found}
         return tuple(by_name[operator.name] for operator in self.operators.operators if operator.name in by_name)
 
-    def _found_with(self, edits: Sequence[Edit]) -> frozenset[str]:
-        """The outermost operators that die. The pruned skeleton is traced: what runs in them no longer leads to the output."""
-        key = frozenset((edit.operator, edit.replacement) for edit in edits)
-        if key not in self._found:
-            skeleton = meta_copy(self.denoiser)
-            install(skeleton, {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in edits})
-            after = trace(skeleton.to("meta"), self.call)
-            left = (self._used & after.modules.keys()) - _reaching(after)
-            self._found[key] = frozenset(outermost(n for n in left if not any(within(n, edit.operator) for edit in edits)))
-        return self._found[key]
+    def _found_with(self, edits: Sequence[Edit]) -> list[str]:
+        """The outermost operators of which nothing leads to the output any more."""
+        modules, instead = self._trace.modules, dict[int, list[int]]()
+        for edit in edits:
+            instead |= _instead(modules, edit.operator, edit.replacement, edit.options)
+        operations, tensors = self._trace.dataflow.needed(instead)
+        left = [name for name in self._used if not operations.intersection(modules[name].operations)]
+        needed = [e.operator for e in edits if any(id(made) in tensors for made in tensors_in(modules[e.operator].output))]
+        apart = [name for name in left if not any(within(name, e.operator) for e in edits)]
+        return list(outermost(name for name in apart if not any(within(stand_in, name) for stand_in in needed)))
 
 
-def _reaching(traced: Trace) -> set[str]:
-    """The modules in which something runs that leads to the output."""
-    reaching = traced.dataflow.reaching()
-    return {name for name, entry in traced.modules.items() if reaching.intersection(entry.operations)}
+def _instead(modules: Mapping[str, Traced], name: str, replacement: str, options: Mapping[str, Any]) -> dict[int, list[int]]:
+    """Of every tensor that an operator gives: those that its stand-in reads to make it."""
+    entry = modules[name]
+    if replacement == "shortcut":
+        reads = [id(modules[f"{name}.{options['child']}"].output)]
+    else:
+        given = {tuple(source): id(tensor) for source, tensor in entry.arguments}
+        pieces = options.get("returns", [options.get("source")])
+        reads = [given[tuple(source)] for source in pieces if isinstance(source, list)]
+    return {id(tensor): reads for tensor in tensors_in(entry.output)}
+
+
+def _tried_in(denoiser: nn.Module, skeleton: nn.Module, macs: int) -> nn.Module:
+    """Where stand-ins are tried: a copy with numbers in it where that is quicker, and every device knows how to use them."""
+    cheap = macs < CHEAP and all(parameter.dtype == torch.float32 for parameter in denoiser.parameters())
+    return copy.deepcopy(denoiser).eval() if cheap else skeleton
 
 
 @dataclass
 class _Survey:
-    """Goes through the modules of a traced skeleton and tries every replacement on each."""
+    """Goes through the modules of a traced skeleton and tries every replacement on each, in a denoiser that it may change."""
 
-    skeleton: nn.Module
+    tried_in: nn.Module
     trace: Trace
     batch: int
 
@@ -112,12 +127,12 @@ class _Survey:
         self.zeros = {entry.name: self._when_dead(entry) for entry in once if _params(entry.module)}
         self.alive = self.trace.dataflow.reaching()
         found = [operator for operator in map(self._operator, once) if operator.candidates or operator.if_dead]
-        return _with_parents(_with_stages(found, stage_of_blocks(self.skeleton, self.trace.modules)))
+        return _with_parents(_with_stages(found, stage_of_blocks(self.tried_in, self.trace.modules)))
 
     def _when_dead(self, entry: Traced) -> dict[str, Any] | None:
         """Options of the `zero` that can hold its place; None where the module around asks more of it, such as its parts."""
         options = zeros_like_output(entry)
-        return options if options is not None and self._runs(entry, build("zero", options, entry.module)) else None
+        return options if options is not None and self._runs(entry, "zero", options) else None
 
     def _operator(self, entry: Traced) -> Operator:
         return Operator(
@@ -138,7 +153,7 @@ class _Survey:
         for name in REPLACEMENTS:
             options = REPLACEMENTS[name](entry)
             tried = name == "zero" and options == self.zeros.get(entry.name)
-            if options is not None and (tried or self._runs(entry, build(name, options, entry.module))):
+            if options is not None and (tried or self._runs(entry, name, options)):
                 yield Candidate(
                     replacement=name,
                     options=options,
@@ -151,22 +166,22 @@ class _Survey:
             return pointwise_cost(options, entry.output)
         return self._cost(self.trace.modules[f"{entry.name}.{options['child']}"]) if name == "shortcut" else Cost()
 
-    def _runs(self, entry: Traced, stand_in: nn.Module) -> bool:
+    def _runs(self, entry: Traced, replacement: str, options: dict[str, Any]) -> bool:
         """Whether the module around the operator gives what it gave before; beyond it nothing can differ."""
         parent, _, name = entry.name.rpartition(".")
-        siblings = self.skeleton.get_submodule(parent)._modules
-        around = self._called_around(parent)
-        like = next(entry.module.parameters(), next(self.skeleton.parameters()))
-        siblings[name] = stand_in.to("meta", dtype=like.dtype)
+        siblings, around = self.tried_in.get_submodule(parent)._modules, self._called_around(parent)
+        module = self.tried_in.get_submodule(entry.name)
+        like = next(module.parameters(), next(self.tried_in.parameters()))
+        siblings[name] = build(replacement, options, module).to(like)
         try:
             with torch.no_grad():
-                args, kwargs = around.given
-                return _shapes(around.module(*args, **kwargs)) == _shapes(around.output)
+                args, kwargs = tree_map(lambda leaf: _zeros(leaf, like.device), around.given)
+                return _shapes(self.tried_in.get_submodule(around.name)(*args, **kwargs)) == _shapes(around.output)
         except Exception as error:  # whatever the denoiser's own code raises: the stand-in does not fit there
-            log.info("%s does not fit %s: %s", type(stand_in).__name__, entry.name, error)
+            log.info("%s does not fit %s: %s", replacement, entry.name, error)
             return False
         finally:
-            siblings[name] = entry.module
+            siblings[name] = module
 
     def _called_around(self, path: str) -> Traced:
         while path and path not in self.trace.modules:
@@ -175,12 +190,7 @@ class _Survey:
 
     def _dead_with(self, entry: Traced, name: str, options: dict[str, Any]) -> Iterator[str]:
         """The outermost modules that no longer reach the output when a stand-in gives `entry`'s output."""
-        given = {tuple(source): id(tensor) for source, tensor in entry.arguments}
-        sources = [piece for piece in options.get("returns", [options.get("source")]) if isinstance(piece, list)]
-        reads = [given[tuple(source)] for source in sources]
-        if name == "shortcut":
-            reads = [id(self.trace.modules[f"{entry.name}.{options['child']}"].output)]
-        reaching = self.trace.dataflow.reaching({id(tensor): reads for tensor in tensors_in(entry.output)})
+        reaching = self.trace.dataflow.reaching(_instead(self.trace.modules, entry.name, name, options))
         apart = [n for n in self.zeros if self.zeros[n] and not within(n, entry.name) and not within(entry.name, n)]
         return outermost(name for name in apart if self._died(name, reaching))
 
@@ -214,6 +224,11 @@ def _does_something(entry: Traced) -> bool:
     """Whether the module takes a tensor and gives another one; a dropout at rest gives back what it got."""
     outputs = tensors_in(entry.output)
     return bool(entry.name and entry.arguments and outputs) and not any(given is outputs[0] for _, given in entry.arguments)
+
+
+def _zeros(leaf: Any, device: torch.device) -> Any:
+    """What stands for a tensor where numbers do not matter."""
+    return torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf
 
 
 def _shapes(tree: Any) -> list[tuple[torch.Size, torch.dtype]]:
