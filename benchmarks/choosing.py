@@ -23,7 +23,7 @@ from ldpruner.selection.choice import Chosen
 from ldpruner.surgery import Fitted, pruned_view
 from ldpruner.trajectories import counted
 
-RESAMPLED = 1000  # times, for the interval of a ratio
+RESAMPLED = 400  # times, for the interval of a ratio
 INTERVAL = (0.05, 0.95)
 
 

@@ -28,7 +28,7 @@ from ldpruner.arrangements import blocks_of, channels_last_ratio, compiled_ratio
 from ldpruner.environment import environment, peak_since_reset, reset_peak
 from ldpruner.files import write_json
 from ldpruner.operators import discover
-from ldpruner.operators.timing import seconds
+from ldpruner.operators.timing import device_of, seconds
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
 from ldpruner.remembering import encoding_once
@@ -108,11 +108,11 @@ def calls(pipeline: Pipeline, probe: Probe, options: argparse.Namespace) -> dict
 def taken_by(pipeline: Pipeline, probe: Probe, samples: int) -> float:
     call = pipeline.call(probe, samples=samples)
     with torch.inference_mode():
-        return min(timed(lambda: call.run(pipeline.denoiser)) for _ in range(2 * ROUNDS))
+        return min(timed(lambda: call.run(pipeline.denoiser), pipeline) for _ in range(2 * ROUNDS))
 
 
-def timed(run: Callable[[], object]) -> float:
-    return seconds(run, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+def timed(run: Callable[[], object], pipeline: Pipeline) -> float:
+    return seconds(run, device_of(pipeline.denoiser))
 
 
 @torch.inference_mode()
@@ -121,8 +121,8 @@ def loop(pipeline: Pipeline, probe: Probe, options: argparse.Namespace) -> dict[
     few = replace(probe, samples=options.batch_size)
     with encoding_once(pipeline):
         recorded = record_calls(pipeline, few)
-        whole = [timed(lambda: pipeline.latents(few)) for _ in range(ROUNDS)]
-        alone = [timed(lambda: [call.run(pipeline.denoiser) for call in recorded]) for _ in range(ROUNDS)]
+        whole = [timed(lambda: pipeline.latents(few), pipeline) for _ in range(ROUNDS)]
+        alone = [timed(lambda: [call.run(pipeline.denoiser) for call in recorded], pipeline) for _ in range(ROUNDS)]
     return {"generation_to_its_calls": [one / other for one, other in zip(whole, alone, strict=True)]}
 
 
@@ -130,7 +130,7 @@ def loop(pipeline: Pipeline, probe: Probe, options: argparse.Namespace) -> dict[
 def papers_way(pipeline: Pipeline, probe: Probe, options: argparse.Namespace) -> dict[str, Any]:
     """What one replacement takes: all of the probe's generations."""
     with counted(pipeline.denoiser) as passes, encoding_once(pipeline):
-        taken = timed(lambda: pipeline.latents(probe, batch_size=options.batch_size))
+        taken = timed(lambda: pipeline.latents(probe, batch_size=options.batch_size), pipeline)
     return {"papers_way_each": {"seconds": taken, "passes": passes.count}}
 
 
@@ -139,7 +139,7 @@ def fast_way(pipeline: Pipeline, probe: Probe, options: argparse.Namespace) -> d
     began, told = time.perf_counter(), list[str]()
     operators = discover(pipeline.denoiser, pipeline.call(probe), timing_repeats=0)
     found = time.perf_counter() - began
-    watched = reset_peak(next(pipeline.denoiser.parameters()).device)
+    watched = reset_peak(device_of(pipeline.denoiser))
     with counted(pipeline.denoiser) as passes:
         began = time.perf_counter()
         run = score(pipeline, probe, method="fast", operators=operators, batch_size=options.batch_size, tell=told.append)
@@ -150,7 +150,7 @@ def fast_way(pipeline: Pipeline, probe: Probe, options: argparse.Namespace) -> d
             "edits": len(run.scores),
             "seconds": taken,
             "passes": passes.count,
-            "peak_bytes": peak_since_reset(next(pipeline.denoiser.parameters()).device) if watched else None,
+            "peak_bytes": peak_since_reset(device_of(pipeline.denoiser)) if watched else None,
             "judged": Counter(str(entry.judged) for entry in run.scores),
             "told": told,
         }

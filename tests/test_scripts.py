@@ -17,11 +17,12 @@ import pytest
 from diffusers import VQModel
 from PIL import Image
 
-from conftest import tiny_audio, tiny_ldm
+from conftest import tiny_audio, tiny_ldm, tiny_stable_diffusion
 from ldpruner import Probe
 from ldpruner.files import read_json_lines
-from ldpruner.pipelines import locate
+from ldpruner.pipelines import Pipeline, locate
 from ldpruner.reporting import percent
+from ldpruner.scoring import score
 from ldpruner.scoring.fast import FastScorer
 from ldpruner.scoring.latent import PaperScorer
 
@@ -217,7 +218,7 @@ def test_the_demo_and_the_benchmarks_run_reduced(script: Callable[..., None], ld
 def test_both_ways_of_scoring_are_counted_and_compared(
     script: Callable[..., None], ldm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    few = ["--samples", "4", "--steps", "2", "--judged", "4", "--noise", "2", "--improved", "2"]
+    few = ["--samples", "4", "--steps", "2", "--judged", "4", "--noise", "2", "--improved", "0.65"]
     script(ROOT / "benchmarks" / "scoring.py", *few, "--model", ldm_folder, "--work", tmp_path / "work")
     made = json.loads(capsys.readouterr().out)
     reference, beside = 4 * 2 + 2 * 2 + 2 * 2, 2 * 2  # four samples; two for the output's error, recorded and asked at both steps
@@ -226,16 +227,30 @@ def test_both_ways_of_scoring_are_counted_and_compared(
     assert sum(made["judged"].values()) == made["edits"]
     assert [budget["latency"] for budget in made["budgets"]] == [0.8, 0.65, 0.5]
     for budget in made["budgets"]:
-        paper, fast = budget["joint_shifts"]
-        assert budget["fast_to_paper"] == fast / paper
         assert budget["agreed"].keys() == made["noise_of_a_logarithm"].keys() == {"seeds"}, "it takes no prompts"
         assert 0 <= budget["agreed"]["seeds"] <= 1
-        assert all(movement > 0 for movement in budget["geometric_mean_movements"])
-        jointly = budget["chosen_jointly"]
-        assert jointly.keys() == ({"sweep", "improved"} if budget["latency"] == 0.65 else {"sweep"})
-        for chosen in jointly.values():
-            assert chosen["to_paper"] == chosen["joint_shift"] / paper
-            assert chosen["passes"] > 0
+        ordered = {"paper, order", "paper, other seeds, order", "fast, order"}
+        improved = {"fast, improved"} if budget["latency"] == 0.65 else set()
+        assert budget["plans"].keys() == ordered | {"paper, sweep", "fast, sweep"} | improved
+        first = budget["plans"]["paper, order"]
+        assert (first["to_paper"], first["to_paper_between"], first["movement_to_paper"]) == (1, [1, 1], 1)
+        for name, plan in budget["plans"].items():
+            assert plan["to_paper"] == plan["joint_shift"] / first["joint_shift"]
+            low, high = plan["to_paper_between"]
+            assert 0 < low <= high
+            assert ("passes" in plan) == (name not in ordered)
+
+
+def test_scores_of_other_samples_are_of_other_seeds_and_then_of_other_prompts_too(tmp_path: Path) -> None:
+    pipeline = Pipeline(pipe=tiny_stable_diffusion(tmp_path), source="tiny")
+    probe = Probe(samples=2, num_inference_steps=1, prompts=("a red b", "a blue c"))
+    run = score(pipeline, probe, method="magnitude")
+    again = runpy.run_path(str(ROOT / "benchmarks" / "scoring.py"))["scored_again"](pipeline, run, 2)
+    assert list(again) == ["seeds", "seeds and prompts"]
+    seeds, prompts = ({key: entry.score for key, entry in scores.items()} for scores in again.values())
+    assert len(seeds) == 2
+    assert seeds.keys() == prompts.keys()
+    assert all(seeds[key] != prompts[key] for key in seeds)
 
 
 @pytest.mark.slow

@@ -169,13 +169,13 @@ class _Work:
         wanted = {key_of(edit) for edit in asked.edits}
         known = {entry.key: entry for entry in (self.store.scores() if self.store else []) if entry.key in wanted}
         to_do = [edit for edit in asked.edits if key_of(edit) not in known]
-        asked = replace(asked, edits_at_once=self._edits_at_once(scorer.few_samples(self.probe), asked.batch_size))
+        shared = self._edits_at_once(scorer.few_samples(self.probe), asked.batch_size, to_do)
+        asked = replace(asked, edits_at_once=shared)
         coming, found = scorer.scores(replace(asked, edits=to_do)) if to_do else iter(()), dict[Key, Score]()
         call = self.pipeline.call(self.probe, samples=min(self.probe.samples, asked.batch_size or self.probe.samples))
         laid = self._channels_last(call)
         if self.store and self.crew.leads and asked.operators:
-            fitted, shared = dict(asked.fitted), asked.edits_at_once
-            self.store.begin(asked.operators, fitted, channels_last=laid, edits_at_once=shared)
+            self.store.begin(asked.operators, dict(asked.fitted), channels_last=laid, edits_at_once=shared)
         calls = scorer.cost(len(to_do), self.probe) / (asked.batch_size or self.probe.samples) / self.crew.size
         arranged = fastest(self.pipeline.denoiser, call, self.crew, self.tell, channels_last=laid, calls=calls)
         with encoding_once(self.pipeline), arranged:
@@ -193,12 +193,12 @@ class _Work:
             found = channels_last_pays(self.pipeline.denoiser, call, self.tell)
         return self.crew.leaders(found)
 
-    def _edits_at_once(self, few: int, samples: int | None) -> int:
+    def _edits_at_once(self, few: int, samples: int | None, to_do: Sequence[Edit]) -> int:
         """How many edits share a call of so many samples, few for each: as the run began, or as the first process measures."""
         found, most = self.store.edits_at_once if self.store else None, (samples or self.probe.samples) // few if few else 1
         if found is None and self.crew.leads:
             found = most
-            if found > 1:
+            if found > 1 and to_do:
                 small, large = (self.pipeline.call(self.probe, samples=count) for count in (few, few * found))
                 found = found if sharing_pays(self.pipeline.denoiser, small, large, self.tell) else 1
         return max(1, min(self.crew.leaders(found), most))  # a run may go on with smaller calls
