@@ -23,9 +23,6 @@ from ldpruner.selection.choice import Chosen
 from ldpruner.surgery import Fitted, pruned_view
 from ldpruner.trajectories import counted
 
-RESAMPLED = 400  # times, for the interval of a ratio
-INTERVAL = (0.05, 0.95)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Moves:
@@ -45,17 +42,12 @@ class Moves:
         return float(distances(self.reference, self.latents).clamp(min=1e-12).log().mean().exp())
 
     def beside(self, other: Moves) -> dict[str, Any]:
-        """The shift as a multiple of another's, the middle 90 % of that where samples are drawn again from these, and movements."""
-        generator = torch.Generator().manual_seed(0)
-        count, ratios = len(self.reference), []
-        for _ in range(RESAMPLED):
-            drawn = torch.randint(count, (count,), generator=generator)
-            ratios.append(self._of(drawn).shift / other._of(drawn).shift)
-        low, high = torch.tensor(ratios).quantile(torch.tensor(INTERVAL)).tolist()
+        """The shift as a multiple of another's, of all samples and of either half of them, and the same of movements."""
+        halves = [self._of(part).shift / other._of(part).shift for part in torch.arange(len(self.reference)).chunk(2)]
         return {
             "joint_shift": self.shift,
             "to_paper": self.shift / other.shift,
-            "to_paper_between": [low, high],
+            "to_paper_by_halves": halves,
             "movement": self.movement,
             "movement_to_paper": self.movement / other.movement,
         }

@@ -55,13 +55,14 @@ def ladder(name: str, options: argparse.Namespace) -> dict[str, Any]:
     run = ldpruner.score(
         original,
         ldpruner.Probe(samples=options.score_samples, num_inference_steps=options.score_steps),
+        method="paper",
         out=options.work / name / "run",
     )
     probe = ldpruner.Probe(samples=options.samples, num_inference_steps=options.steps, seed=20_000)
     shown = look(original, options.steps)
     rungs, rows = [], [original.images(shown)]
     for budget in options.budgets:
-        pruned = ldpruner.prune(original, {"latency": budget}, probe=run.probe, run=options.work / name / "run")
+        pruned = ldpruner.prune(original, {"latency": budget}, probe=run.probe, method=run.method, run=run.folder)
         smaller = original.around(pruned.denoiser)
         measured = evaluate(smaller, original, probe=probe, batch_size=options.batch_size, cache=options.work / "cache")
         edits = [asdict(edit) for edit in pruned.plan.edits]

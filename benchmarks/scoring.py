@@ -5,8 +5,8 @@
 Both score every replacement of every operator. What is compared: denoiser passes of one sample (rows of its batches, so that
 guidance counts twice; a backward pass counts as two), processor and wall seconds, memory, and what is decided by the scores: their
 rank correlation and, for latency 80, 65 and 50 % as the operators' times predict it, the sets that the paper's order takes and
-the joint latent shift of each on other samples. Few samples that turn into other pictures can make up most of that, so the middle
-90 % of a ratio stands beside it, were other samples drawn from these, and what samples move by in the geometric mean. An edit that
+the joint latent shift of each on other samples. Few samples that turn into other pictures can make up most of that, so a ratio of
+either half of the samples stands beside it, and what samples move by in the geometric mean. An edit that
 is in one set only counts as agreed on where its score lies within the noise of the paper's score of the cut: two standard
 deviations between two seeds, told by scoring those near the cut again; and again with other prompts, where there are some: those
 of a probe are as much a draw as its noise. What the paper's order takes by these scores instead tells how far apart two runs of

@@ -92,7 +92,7 @@ def timed(options: argparse.Namespace) -> None:
     crew.gathered({})  # all are ready
     began = time.perf_counter()
     some = type(operators)(**{**vars(operators), "operators": kept})
-    score(pipeline, probe, operators=some, replacements=REPLACEMENTS, crew=crew)
+    score(pipeline, probe, method="paper", operators=some, replacements=REPLACEMENTS, crew=crew)
     seconds = time.perf_counter() - began
     crew.leave()
     if crew.leads:

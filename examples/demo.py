@@ -42,11 +42,12 @@ def main() -> None:
 
     print(f"2. Score every operator: {options.samples} samples x {options.steps} steps for each replacement that fits.")
     probe = ldpruner.Probe(samples=options.samples, num_inference_steps=options.steps)
-    run = ldpruner.score(original, probe, out=out / "run", progress=bar)
+    budget = {"latency": latency}
+    run = ldpruner.score(original, probe, budget=budget, out=out / "run", progress=bar)
     print("   " + reporting.operators_line(run.operators))
 
     print(f"3. Plan for latency {latency}, prune, measure.")
-    pruned = ldpruner.prune(original, budget={"latency": latency}, probe=probe, run=out / "run")
+    pruned = ldpruner.prune(original, budget=budget, probe=probe, run=out / "run")
     kinds = [edit.replacement if edit.reason == "chosen" else "dead" for edit in pruned.plan.edits]
     removed = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
     print(f"   {len(kinds)} operators are replaced ({removed}). Joint latent shift: {pruned.latent_shift:.3f}")

@@ -54,6 +54,7 @@ Command = Callable[..., tuple[int, str, str]]
 
 PROBE = Probe(samples=3, num_inference_steps=2)
 PROBING = ("--samples", str(PROBE.samples), "--steps", str(PROBE.num_inference_steps))
+BY_PAPER = (*PROBING, "--method", "paper")  # as the run of `place` was scored
 
 
 def tiny_unet(*, size: int | tuple[int, int], channels: int, layers: int = 1) -> UNet2DModel:
@@ -308,7 +309,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_ldm().save_pretrained(place / "ldm")
     tiny_stable_diffusion(place).save_pretrained(place / "sd")
     pipeline = ldpruner.load(place / "ldm")
-    run = ldpruner.score(pipeline, PROBE, out=place / "run")
+    run = ldpruner.score(pipeline, PROBE, method="paper", out=place / "run")
     ldpruner.plan(pipeline, run, {"macs": "75%"}).plan.save(place / "plan.json")
     (place / "empty").mkdir()
     (place / "file").write_text("nothing", encoding="utf-8")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conftest import PROBING, Command
+from conftest import BY_PAPER, Command
 from ldpruner import pipelines
 from ldpruner.scoring.latent import PaperScorer
 from refusing import BUDGET, Refused, copied, everything_in, the_line
@@ -123,7 +123,7 @@ def test_a_budget_out_of_reach_says_what_can_be_reached_and_keeps_the_scores(
     refused: Refused, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(PaperScorer, "scores", lambda *_, **__: pytest.fail("what was scored is scored again"))
-    asked = ("prune", "ldm", "--run", copied("run", tmp_path), *PROBING, "--out")
+    asked = ("prune", "ldm", "--run", copied("run", tmp_path), *BY_PAPER, "--out")
     message = refused(*asked, "out", "--budget", "params=0.1%")
     floor = message.removeprefix("params 0.1% cannot be met: all 89 removable operators together reach params ").partition("%")[0]
     assert message.endswith("%. Ask for that or more, or allow more replacements.")
@@ -280,9 +280,9 @@ def test_a_run_below_a_file(refused: Refused) -> None:
     [("sd", (), "weights and probe"), ("ldm", ("--seed", "7"), "probe"), ("ldm", ("--samples", "4"), "probe")],
 )
 def test_a_run_of_something_else(model: str, changed: tuple[str, ...], what: str, refused: Refused) -> None:
-    message = refused("prune", model, *BUDGET, "--out", "out", "--run", "run", *PROBING, *changed)
+    message = refused("prune", model, *BUDGET, "--out", "out", "--run", "run", *BY_PAPER, *changed)
     assert message.startswith(f"run: holds scores of another {what}. Name another folder")
-    assert refused("score", model, "--out", "run", *PROBING, *changed) == message
+    assert refused("score", model, "--out", "run", *BY_PAPER, *changed) == message
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_a_damaged_run(name: str, text: str, refused: Refused, tmp_path: Path) -
     (run / name).write_text(text, encoding="utf-8")
     message = refused("plan", run, *BUDGET, "--out", "out")
     assert message.startswith(f"{run / name}: ")
-    assert refused("prune", "ldm", *BUDGET, "--out", "out", "--run", run, *PROBING) == message
+    assert refused("prune", "ldm", *BUDGET, "--out", "out", "--run", run, *BY_PAPER) == message
 
 
 def test_a_replacement_that_no_plan_can_use(refused: Refused) -> None:

@@ -89,15 +89,18 @@ def test_two_processes_find_what_one_finds_and_each_measures_its_part(ldm_folder
 
 @pytest.mark.slow
 def test_a_run_of_two_that_was_killed_is_ended_by_one(ldm_folder: Path, tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    child = started(ldm_folder, out, processes=2)
+    out, budget = tmp_path / "run", {"macs": "80%"}
+    child = started(ldm_folder, out, "--method", "fast", "--budget", "macs=80%", processes=2)
     deadline = time.monotonic() + 120
-    while len(lines(out, "scores*.jsonl")) < 6 and child.poll() is None and time.monotonic() < deadline:
+    while len(lines(out, "measured-*.jsonl")) < 6 and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     child.send_signal(signal.SIGTERM)
     child.communicate(timeout=60)
-    kept = len(lines(out, "scores*.jsonl"))
+    kept = len(lines(out, "measured-*.jsonl"))
     assert kept >= 6
-    ended, whole = alone(ldm_folder, out), alone(ldm_folder, tmp_path / "whole")
+    ended = alone(ldm_folder, out, method="fast", budget=budget)
+    whole = alone(ldm_folder, tmp_path / "whole", method="fast", budget=budget)
     assert values(Run.load(out)) == values(ended) == pytest.approx(values(whole), rel=1e-5)
-    assert keys(lines(out, "scores*.jsonl")) == keys(lines(tmp_path / "whole", "scores*.jsonl")), "and nothing was scored twice"
+    measured = keys(lines(tmp_path / "whole", "measured-*.jsonl"))
+    assert keys(lines(out, "measured-*.jsonl")) == measured, "and nothing was measured twice"
+    assert kept < len(measured), "it was killed before its end"

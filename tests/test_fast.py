@@ -247,7 +247,7 @@ def test_a_pipeline_that_ran_out_of_memory_is_known_by_its_cause(ldm: Pipeline, 
 
 
 def test_the_budgets_of_a_run_make_no_difference_to_the_papers_scores(ldm: Pipeline, operators: Operators, tmp_path: Path) -> None:
-    settings = {"operators": operators, "replacements": ["shortcut"], "out": tmp_path / "run"}
+    settings = {"method": "paper", "operators": operators, "replacements": ["shortcut"], "out": tmp_path / "run"}
     score(ldm, PROBE, budget={"macs": "90%"}, **settings)  # type: ignore[arg-type]
     written = (tmp_path / "run" / "scores.jsonl").read_text()
     score(ldm, PROBE, budget={"macs": "50%"}, **settings)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from conftest import PROBING, Command
+from conftest import BY_PAPER, PROBING, Command
 from ldpruner.scoring.latent import PaperScorer
 from refusing import BUDGET, Refused, copied, everything_in, the_line
 
@@ -50,7 +50,7 @@ def test_a_disk_that_fills_while_scoring_keeps_the_scores_for_the_next_try(
     lines = (run / "scores.jsonl").read_bytes().splitlines(keepends=True)
     (run / "scores.jsonl").write_bytes(b"".join(lines[:50]))
     room = sum(map(len, lines[:53])) + 40
-    again = ("score", "ldm", "--out", run, *PROBING)
+    again = ("score", "ldm", "--out", run, *BY_PAPER)
     with disk_full_after(room):
         message = refused(*again)
     expected = "scores.jsonl: cannot be appended to (File too large). The lines before it are kept; free space and run again."
@@ -64,9 +64,29 @@ def test_a_disk_that_fills_while_scoring_keeps_the_scores_for_the_next_try(
     assert sorted(path.name for path in run.iterdir()) == ["operators.json", "pointwise.safetensors", "run.json", "scores.jsonl"]
 
 
+def test_a_disk_that_fills_while_the_fast_way_measures_loses_no_measurement(
+    refused: Refused, command: Command, tmp_path: Path
+) -> None:
+    run, words = tmp_path / "run", ("--replacements", "shortcut,identity", "--budget", "macs=80%", *PROBING)
+    assert command("score", "ldm", "--out", tmp_path / "whole", *words)[0] == 0
+    whole = (tmp_path / "whole" / "measured-0.jsonl").read_bytes().splitlines()
+    run.mkdir()
+    for name in ("operators.json", "run.json"):
+        (run / name).write_bytes((tmp_path / "whole" / name).read_bytes())
+    half = b"".join(line + b"\n" for line in whole[: len(whole) // 2])
+    (run / "measured-0.jsonl").write_bytes(half)
+    with disk_full_after(len(half) + 40):
+        message = refused("score", "ldm", "--out", run, *words)
+    expected = "measured-0.jsonl: cannot be appended to (File too large). The lines before it are kept; free space and run again."
+    assert message == f"{run}/{expected}"
+    assert command("score", "ldm", "--out", run, *words)[0] == 0
+    measured = [json.loads(line) for line in (run / "measured-0.jsonl").read_bytes().splitlines()]
+    assert len(measured) == len(whole), "nothing is measured twice"
+
+
 def test_a_disk_that_is_full_from_the_start_leaves_no_run(refused: Refused, tmp_path: Path) -> None:
     with disk_full_after(1000):
-        message = refused("score", "ldm", "--out", tmp_path / "run", *PROBING, "--replacements", "zero")
+        message = refused("score", "ldm", "--out", tmp_path / "run", *BY_PAPER, "--replacements", "zero")
     assert message == f"{tmp_path / 'run' / 'operators.json'}: cannot be written (File too large)."
     assert list((tmp_path / "run").iterdir()) == []
 
@@ -85,7 +105,7 @@ def test_an_interrupted_command_says_so_and_keeps_its_scores(
     run = copied("run", tmp_path)
     (run / "scores.jsonl").unlink()
     monkeypatch.setattr(PaperScorer, "scores", interrupted)
-    code, out, err = command("prune", "ldm", *BUDGET, "--out", tmp_path / "out", "--run", run, *PROBING)
+    code, out, err = command("prune", "ldm", *BUDGET, "--out", tmp_path / "out", "--run", run, *BY_PAPER)
     assert (code, out) == (130, "")
     assert the_line(err) == "interrupted; what was written so far is kept."
     assert len((run / "scores.jsonl").read_bytes().splitlines()) == 2

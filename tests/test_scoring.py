@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from conftest import PROBE
-from ldpruner import Edit, Probe, score
+from ldpruner import Edit, Probe, scoring
 from ldpruner.fitting import fit_pointwise, trajectories
 from ldpruner.ldpruner_v1 import resample
 from ldpruner.operators import discover
@@ -23,6 +24,7 @@ from ldpruner.scoring.latent import BROKEN, Statistics, latent_shift, shifts
 from ldpruner.scoring.output_mse import OutputErrorScorer
 
 CHEAP = ["identity", "shortcut"]
+score = functools.partial(scoring.score, method="paper")
 
 
 def test_the_score_is_the_formula_of_the_paper() -> None:

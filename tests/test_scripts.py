@@ -233,11 +233,10 @@ def test_both_ways_of_scoring_are_counted_and_compared(
         improved = {"fast, improved"} if budget["latency"] == 0.65 else set()
         assert budget["plans"].keys() == ordered | {"paper, sweep", "fast, sweep"} | improved
         first = budget["plans"]["paper, order"]
-        assert (first["to_paper"], first["to_paper_between"], first["movement_to_paper"]) == (1, [1, 1], 1)
+        assert (first["to_paper"], first["to_paper_by_halves"], first["movement_to_paper"]) == (1, [1, 1], 1)
         for name, plan in budget["plans"].items():
             assert plan["to_paper"] == plan["joint_shift"] / first["joint_shift"]
-            low, high = plan["to_paper_between"]
-            assert 0 < low <= high
+            assert all(ratio > 0 for ratio in plan["to_paper_by_halves"])
             assert ("passes" in plan) == (name not in ordered)
 
 

@@ -86,7 +86,7 @@ def prune(
     plan: Plan | str | os.PathLike[str] | None = None,
     probe: Probe | None = None,
     run: str | os.PathLike[str] | None = None,
-    method: str = "paper",
+    method: str = "fast",
     selection: str = SWEEP,
     replacements: Sequence[str] | None = None,
     priors: Priors = FREE,

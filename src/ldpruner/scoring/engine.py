@@ -53,7 +53,7 @@ def score(
     pipeline: Pipeline,
     probe: Probe,
     *,
-    method: str = "paper",
+    method: str = "fast",
     replacements: Sequence[str] | None = None,
     operators: Operators | None = None,
     budget: Mapping[str, str | float] | None = None,
