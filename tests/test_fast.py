@@ -265,3 +265,11 @@ def test_errors_are_of_what_guidance_makes_of_the_halves(text_to_image: Pipeline
     alone = spread_calls(text_to_image, replace(probe, guidance_scale=1.0), 1)[0]
     (plain,), (same,) = (answers(text_to_image.denoiser, [alone], guidance_scale=scale) for scale in (None, 3.0))
     assert torch.equal(plain, same), "what has no halves stays"
+
+
+def test_a_run_goes_on_by_the_method_that_it_began_with(ldm: Pipeline, operators: Operators, tmp_path: Path) -> None:
+    settings = {"operators": operators, "replacements": ["shortcut"]}
+    begun = score(ldm, PROBE, method="random", out=tmp_path / "run", **settings)  # type: ignore[arg-type]
+    again = score(ldm, PROBE, out=tmp_path / "run", **settings)  # type: ignore[arg-type]
+    assert (again.method, again.scores) == ("random", begun.scores)
+    assert score(ldm, PROBE, out=tmp_path / "new", **settings).method == "fast"  # type: ignore[arg-type]

@@ -62,7 +62,7 @@ def prune(
     plan_file: Path | None,
     run: Path | None,
     form: str,
-    method: str,
+    method: str | None,
     batch_size: int | None,
     replacements: str | None,
     as_json: bool,

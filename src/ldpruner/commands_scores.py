@@ -83,7 +83,7 @@ def inspect(model: str, run: Path | None, as_json: bool, **settings: Any) -> Non
 def score(
     model: str,
     out: Path,
-    method: str,
+    method: str | None,
     batch_size: int | None,
     budgets: tuple[str, ...],
     replacements: str | None,

@@ -86,7 +86,7 @@ def prune(
     plan: Plan | str | os.PathLike[str] | None = None,
     probe: Probe | None = None,
     run: str | os.PathLike[str] | None = None,
-    method: str = "fast",
+    method: str | None = None,
     selection: str = SWEEP,
     replacements: Sequence[str] | None = None,
     priors: Priors = FREE,
@@ -97,8 +97,8 @@ def prune(
     """Score, plan and prune a pipeline; the model that was given stays as it was.
 
     Give a `budget` such as `{"latency": "65%"}`, or a `plan` made before. `run` names a folder that keeps the scores: they
-    are resumed and reused from there. `priors` limit where operators may go; `repair="closed-form"` fits the stand-ins to each
-    other, see `recovery.repair`. Raises `LDPrunerError` with what to do.
+    are resumed and reused from there, by default as they were scored (`method`, else `fast`). `priors` limit where operators may
+    go; `repair="closed-form"` fits the stand-ins to each other, see `recovery.repair`. Raises `LDPrunerError` with what to do.
     """
     if (budget is None) == (plan is None):
         raise PlanError("give either a budget or a plan.")

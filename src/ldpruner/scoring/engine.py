@@ -20,13 +20,14 @@ from ldpruner.probes import Probe
 from ldpruner.processes import Crew
 from ldpruner.remembering import encoding_once
 from ldpruner.replacements import REPLACEMENTS
-from ldpruner.runs import Scored, read_scored
+from ldpruner.runs import Scored, read_header, read_scored
 from ldpruner.scoring.base import CUTS, SCORERS, Asked, Scorer, Targets
 from ldpruner.scoring.keeping import Store, read_fitted
 from ldpruner.scoring.ledger import Key, Ledger, key_of
 
 log = logging.getLogger(__name__)
 
+USUAL = "fast"  # method, where neither the caller nor a folder says
 Progress = Callable[[Iterable[Any], int, int], Iterable[Any]]  # scores or edits to come, done before, in all
 
 
@@ -53,7 +54,7 @@ def score(
     pipeline: Pipeline,
     probe: Probe,
     *,
-    method: str = "fast",
+    method: str | None = None,
     replacements: Sequence[str] | None = None,
     operators: Operators | None = None,
     budget: Mapping[str, str | float] | None = None,
@@ -65,12 +66,13 @@ def score(
 ) -> Run:
     """Score every operator with every replacement that fits it, and return the run.
 
-    With `out`, each score is appended there as it comes, and what an earlier run left there is kept. `replacements` limits
-    what is tried. `budget` says what the scores are for, so that a method which can spends its time there; by default 80, 65 and
-    50 % of the latency. `batch_size` is by default as many samples as memory holds. The processes of a `crew` share the work,
-    and each returns the same run. `tell` is told how the denoiser is run, see `arrangements`. Raises `RunError` where `out` holds
-    scores of other weights, another probe or another method.
+    With `out`, each score is appended there as it comes, and what an earlier run left there is kept. `method` is by default that
+    of the scores in `out`, or `fast`. `replacements` limits what is tried. `budget` says what the scores are for, so that a method
+    which can spends its time there; by default 80, 65 and 50 % of the latency. `batch_size` is by default as many samples as memory
+    holds. The processes of a `crew` share the work, and each returns the same run. `tell` is told how the denoiser is run, see
+    `arrangements`. Raises `RunError` where `out` holds scores of other weights, another probe or another method.
     """
+    method = method or (out and (read_header(out) or {}).get("method")) or USUAL
     scorer = SCORERS[method]()
     if probe.samples < 2:
         raise RunError(f"samples={probe.samples}: a standard deviation over samples needs 2 or more.")
