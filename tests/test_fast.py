@@ -272,4 +272,4 @@ def test_a_run_goes_on_by_the_method_that_it_began_with(ldm: Pipeline, operators
     begun = score(ldm, PROBE, method="random", out=tmp_path / "run", **settings)  # type: ignore[arg-type]
     again = score(ldm, PROBE, out=tmp_path / "run", **settings)  # type: ignore[arg-type]
     assert (again.method, again.scores) == ("random", begun.scores)
-    assert score(ldm, PROBE, out=tmp_path / "new", **settings).method == "fast"  # type: ignore[arg-type]
+    assert score(ldm, PROBE, out=tmp_path / "new", **settings).method == "paper"  # type: ignore[arg-type]

@@ -60,7 +60,7 @@ probing = stacked(
     click.option("--seed", default=0, show_default=True, help="Sample i starts from noise seeded with SEED + i."),
     prompting,
     click.option("--batch-size", type=click.IntRange(1), help="Samples in one denoiser call; all of them by default."),
-    click.option("--method", help="How operators are scored; by default as in the run folder, or fast."),
+    click.option("--method", help="How operators are scored; by default as in the run folder, or paper."),
     click.option("--solver", help="Score by a solver that needs fewer steps than the pipeline's own: ddim, dpm++, unipc."),
 )
 replacing = click.option("--replacements", help="Only these, with commas: identity, zero, shortcut, pointwise.")

@@ -97,7 +97,7 @@ def prune(
     """Score, plan and prune a pipeline; the model that was given stays as it was.
 
     Give a `budget` such as `{"latency": "65%"}`, or a `plan` made before. `run` names a folder that keeps the scores: they
-    are resumed and reused from there, by default as they were scored (`method`, else `fast`). `priors` limit where operators may
+    are resumed and reused from there, by default as they were scored (`method`, else `paper`). `priors` limit where operators may
     go; `repair="closed-form"` fits the stand-ins to each other, see `recovery.repair`. Raises `LDPrunerError` with what to do.
     """
     if (budget is None) == (plan is None):

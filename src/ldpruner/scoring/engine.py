@@ -27,7 +27,7 @@ from ldpruner.scoring.ledger import Key, Ledger, key_of
 
 log = logging.getLogger(__name__)
 
-USUAL = "fast"  # method, where neither the caller nor a folder says
+USUAL = "paper"  # method, where neither the caller nor a folder says
 Progress = Callable[[Iterable[Any], int, int], Iterable[Any]]  # scores or edits to come, done before, in all
 
 
@@ -67,7 +67,7 @@ def score(
     """Score every operator with every replacement that fits it, and return the run.
 
     With `out`, each score is appended there as it comes, and what an earlier run left there is kept. `method` is by default that
-    of the scores in `out`, or `fast`. `replacements` limits what is tried. `budget` says what the scores are for, so that a method
+    of the scores in `out`, or `paper`. `replacements` limits what is tried. `budget` says what the scores are for, so that a method
     which can spends its time there; by default 80, 65 and 50 % of the latency. `batch_size` is by default as many samples as memory
     holds. The processes of a `crew` share the work, and each returns the same run. `tell` is told how the denoiser is run, see
     `arrangements`. Raises `RunError` where `out` holds scores of other weights, another probe or another method.
