@@ -67,7 +67,7 @@ def test_a_disk_that_fills_while_scoring_keeps_the_scores_for_the_next_try(
 def test_a_disk_that_fills_while_the_fast_way_measures_loses_no_measurement(
     refused: Refused, command: Command, tmp_path: Path
 ) -> None:
-    run, words = tmp_path / "run", ("--replacements", "shortcut,identity", "--budget", "macs=80%", *PROBING)
+    run, words = tmp_path / "run", ("--method", "fast", "--replacements", "identity", "--budget", "macs=80%", *PROBING)
     assert command("score", "ldm", "--out", tmp_path / "whole", *words)[0] == 0
     whole = (tmp_path / "whole" / "measured-0.jsonl").read_bytes().splitlines()
     run.mkdir()
