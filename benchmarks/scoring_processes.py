@@ -59,7 +59,8 @@ def command(options: argparse.Namespace, *words: str) -> list[str]:
 
 def started(options: argparse.Namespace, processes: int) -> float:
     """The seconds that so many processes need."""
-    words = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    words = [sys.executable, *several]
     printed = subprocess.run(command(options, *words), env=alone(), capture_output=True, text=True, check=True).stdout
     return float(json.loads(printed.strip().splitlines()[-1])["seconds"])
 

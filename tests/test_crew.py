@@ -14,12 +14,19 @@ from typing import Any
 
 import pytest
 
+from conftest import tiny_ldm
 from ldpruner import Probe, load, score
 from ldpruner.errors import RunError
 from ldpruner.processes import Crew
 from ldpruner.scoring import Run
 
 WORDS = ("--samples", "6", "--steps", "2", "--replacements", "identity,zero,shortcut", "--device", "cpu")
+
+
+@pytest.fixture
+def small_folder(tmp_path: Path) -> Path:
+    tiny_ldm(small=True).save_pretrained(tmp_path / "small-ldm")
+    return tmp_path / "small-ldm"
 
 
 def started(folder: Path, out: Path, *words: str, processes: int) -> subprocess.Popen[str]:
@@ -76,10 +83,10 @@ def alone(folder: Path, out: Path, **settings: Any) -> Run:
 
 
 @pytest.mark.slow
-def test_two_processes_find_what_one_finds_and_each_measures_its_part(ldm_folder: Path, tmp_path: Path) -> None:
-    one = alone(ldm_folder, tmp_path / "one", method="fast", budget={"macs": "80%"})
+def test_two_processes_find_what_one_finds_and_each_measures_its_part(small_folder: Path, tmp_path: Path) -> None:
+    one = alone(small_folder, tmp_path / "one", method="fast", budget={"macs": "80%"})
     two = tmp_path / "two"
-    printed = finished(started(ldm_folder, two, "--method", "fast", "--budget", "macs=80%", "--json", processes=2))
+    printed = finished(started(small_folder, two, "--method", "fast", "--budget", "macs=80%", "--json", processes=2))
     assert json.loads(printed)["scores"] == len(one.scores), "and one of them prints"
     assert values(Run.load(two)) == pytest.approx(values(one), rel=1e-5)
     mine, others = (lines(two, f"measured-{rank}.jsonl") for rank in (0, 1))

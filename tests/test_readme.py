@@ -32,7 +32,8 @@ def commands() -> list[str]:
 
 
 def fewer(text: str) -> str:
-    """The same on two samples and one step to score by and on twenty to evaluate, which takes less than half of the time."""
+    """The same on two samples and one step to score by, on twenty to evaluate and five to time: a third of the time."""
+    text = text.replace("ldpruner benchmark", "ldpruner benchmark --rounds 5")
     return re.sub(r"(?<= -n )100|((?<=samples[ =])|(?<=steps[ =]))[48]\b", lambda number: FEWER[number[0]], text)
 
 

@@ -256,7 +256,7 @@ def test_scores_of_other_samples_are_of_other_seeds_and_then_of_other_prompts_to
 def test_growth_is_counted_drawn_and_told_of_a_size_that_no_machine_here_runs(
     script: Callable[..., None], ldm_folder: Path, tmp_path: Path
 ) -> None:
-    few = ["--samples", "4", "--steps", "2", "--halvings", "1", "--no-size", "--every", "7"]
+    few = ["--samples", "4", "--steps", "2", "--halvings", "1", "--no-size", "--every", "12"]
     script(ROOT / "benchmarks" / "scoring_growth.py", *few, "--model", ldm_folder, "--out", tmp_path / "growth")
     made = json.loads((tmp_path / "growth" / "growth.json").read_text())
     assert {name: [entry[key] for entry in made["points"][name]] for name, key in (("samples", "samples"), ("steps", "steps"))} == {
