@@ -6,8 +6,8 @@ Both score every replacement of every operator. What is compared: denoiser passe
 guidance counts twice; a backward pass counts as two), processor and wall seconds, memory, and what is decided by the scores: their
 rank correlation and, for latency 80, 65 and 50 % as the operators' times predict it, the sets that the paper's order takes and
 the joint latent shift of each on other samples. Few samples that turn into other pictures can make up most of that, so a ratio of
-either half of the samples stands beside it, and what samples move by in the geometric mean. An edit that
-is in one set only counts as agreed on where its score lies within the noise of the paper's score of the cut: two standard
+either half of the samples stands beside it, and what samples move by in the geometric mean. An edit that is in one set only counts
+as agreed on where its score lies within the noise of the paper's score of the cut: two standard
 deviations between two seeds, told by scoring those near the cut again; and again with other prompts, where there are some: those
 of a probe are as much a draw as its noise. What the paper's order takes by these scores instead tells how far apart two runs of
 the paper's way are. Beside the order stand plans by either scores that are chosen by joint shift, and their passes.
@@ -41,6 +41,7 @@ from ldpruner.arrangements import sharing_pays
 from ldpruner.environment import environment, peak_since_reset, release_memory, reset_peak
 from ldpruner.operators.timing import device_of
 from ldpruner.pipelines import Pipeline
+from ldpruner.planning import APART
 from ldpruner.plans import Edit, Score
 from ldpruner.probes import Probe
 from ldpruner.scoring import SCORERS, Asked, Run, score
@@ -51,7 +52,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from choosing import Chooser, Judge, Moves
 
 SHARES = (0.80, 0.65, 0.50)
-APART = 5_000  # from the seeds that score to those that judge
 SEED = 10_000  # of the second opinion
 
 Key = tuple[str, str]
