@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldpruner.ldpruner_v1 import StandIn, resample
+from ldpruner.ldpruner_v1 import StandIn, channel_axis, resample
 from ldpruner.operators.timing import device_of
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
-from ldpruner.replacements import channel_axis
 
 log = logging.getLogger(__name__)
 
@@ -104,14 +103,14 @@ class Moments:
 def _watch(moments: Moments, options: Options) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         given = resample(StandIn.pick(options["source"], args, kwargs), options["grid"])
-        moments.add(rows(given), rows(output))
+        axis = channel_axis(output.ndim, dict(options))
+        moments.add(rows(given, axis), rows(output, axis))
 
     return hook
 
 
-def rows(tensor: Tensor) -> Tensor:
-    """Every position of a tensor as a row of its channels, `(positions, channels)`, float32."""
-    axis = channel_axis(tensor)
+def rows(tensor: Tensor, axis: int) -> Tensor:
+    """Every position of a tensor as a row of its channels, those of dimension `axis`: `(positions, channels)`, float32."""
     return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis]).float()
 
 

@@ -69,7 +69,8 @@ class Identity(StandIn):
         inputs = self.pick(returns[0], args, kwargs)
         if "correction" not in self.options:
             return inputs
-        return torch.addcmul(along_channels(self.shift, inputs.ndim), inputs, along_channels(self.scale, inputs.ndim))
+        axis = channel_axis(inputs.ndim, self.options)
+        return torch.addcmul(along(axis, self.shift, inputs.ndim), inputs, along(axis, self.scale, inputs.ndim))
 
 
 class Zero(StandIn):
@@ -87,14 +88,15 @@ class Zero(StandIn):
         zeros = tuple(self._zeros(self.pick(piece["source"], args, kwargs), piece["shape"]) for piece in self.options["returns"])
         if "correction" in self.options:
             shift = self.shift.clone()  # a view of a parameter itself, made without gradients, breaks PyTorch's module tracker
-            return along_channels(shift, zeros[0].ndim).expand(zeros[0].shape)
+            return along(channel_axis(zeros[0].ndim, self.options), shift, zeros[0].ndim).expand(zeros[0].shape)
         return zeros if self.options["many"] else zeros[0]
 
     @staticmethod
     def _zeros(like: Tensor, shape: list[Any]) -> Tensor:
         """A dimension is a number, or `[dimension of the input, numerator, denominator]`."""
         sizes = [size if isinstance(size, int) else like.shape[size[0]] * size[1] // size[2] for size in shape]
-        return like.new_zeros(()).expand(sizes)
+        dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()  # of indices, as an embedding is given
+        return torch.zeros((), dtype=dtype, device=like.device).expand(sizes)
 
 
 class Shortcut(StandIn):
@@ -112,7 +114,7 @@ class Pointwise(StandIn):
     """A linear map over channels at every position, on a resampled grid. Options: `source`, `channels`, `grid`.
 
     `channels` is `[in, out]`; `grid` is None where the operator keeps its grid, else the scale per spatial dimension as
-    `[numerator, denominator]`. Channels are the second dimension from rank 4 on, else the last.
+    `[numerator, denominator]`. For channels see `channel_axis`.
     """
 
     def __init__(self, options: dict[str, Any]) -> None:
@@ -121,17 +123,27 @@ class Pointwise(StandIn):
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         inputs: Tensor = resample(self.pick(self.options["source"], args, kwargs), self.options["grid"])
-        if inputs.ndim < 4:
+        if channel_axis(inputs.ndim, self.options) == inputs.ndim - 1:
             mapped: Tensor = self.map(inputs)
             return mapped
         kernel = self.map.weight.view(*self.map.weight.shape, *(1,) * (inputs.ndim - 2))
-        convolve = F.conv2d if inputs.ndim == 4 else F.conv3d
-        return convolve(inputs, kernel, self.map.bias)
+        convolved: Tensor = _CONVOLVE[inputs.ndim - 3](inputs, kernel, self.map.bias)
+        return convolved
 
 
-def along_channels(values: Tensor, ndim: int) -> Tensor:
-    """Values per channel in a shape that spreads over a tensor of `ndim` dimensions: channels are second, below rank 4 last."""
-    return values.view(-1, *(1,) * (ndim - 2)) if ndim > 3 else values
+def channel_axis(ndim: int, options: dict[str, Any]) -> int:
+    """Which dimension holds channels: the second from rank 4 on, else the last, or what `axis` among the options says."""
+    axis: int = options.get("axis", 1 if ndim > 3 else -1)
+    return axis % ndim
+
+
+def along(axis: int, values: Tensor, ndim: int) -> Tensor:
+    """Values per channel in a shape that spreads over a tensor of `ndim` dimensions."""
+    return values.view(-1, *(1,) * (ndim - 1 - axis))
+
+
+_POOL: Any = (F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d)
+_CONVOLVE: Any = (F.conv1d, F.conv2d, F.conv3d)
 
 
 def resample(inputs: Tensor, grid: list[list[int]] | None) -> Tensor:
@@ -140,7 +152,8 @@ def resample(inputs: Tensor, grid: list[list[int]] | None) -> Tensor:
         return inputs
     sizes: Any = [size * up // down for size, (up, down) in zip(inputs.shape[2:], grid, strict=True)]
     if all(new <= old for new, old in zip(sizes, inputs.shape[2:], strict=True)):
-        return F.adaptive_avg_pool2d(inputs, sizes) if inputs.ndim == 4 else F.adaptive_avg_pool3d(inputs, sizes)
+        pooled: Tensor = _POOL[inputs.ndim - 3](inputs, sizes)
+        return pooled
     return F.interpolate(inputs, sizes, mode="nearest")
 
 

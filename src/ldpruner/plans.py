@@ -67,6 +67,7 @@ class Operator:
     if_dead: Mapping[str, Any] | None  # options of the `zero` that holds its place once nothing reads its output
     block: str = ""  # the block that it is or lies in, and
     stage: str = ""  # the stage of that, or the one that it is; see `operators.stages`
+    axis: int | None = None  # the dimension of its output that holds channels; None: the second from rank 4 on, else the last
 
     def candidate(self, replacement: str) -> Candidate:
         """The candidate of that name. Raises `OperatorError` where it does not fit this operator."""
@@ -169,8 +170,9 @@ def _corrected(edit: Edit, operator: Operator) -> Edit:
     single = not edit.options.get("many", False)
     if edit.reason == "dead" or edit.replacement == "pointwise" or not single or len(operator.output_shape) < 2:
         return edit
-    channels = operator.output_shape[1 if len(operator.output_shape) > 3 else -1]
-    return replace(edit, options={**edit.options, "correction": channels})
+    usual = 1 if len(operator.output_shape) > 3 else -1
+    axis = {} if operator.axis in {None, usual} else {"axis": operator.axis}
+    return replace(edit, options={**edit.options, "correction": operator.output_shape[operator.axis or usual], **axis})
 
 
 @dataclass(frozen=True, kw_only=True)

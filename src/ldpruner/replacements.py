@@ -63,12 +63,13 @@ def pointwise(traced: Traced) -> Options | None:
     made = traced.output
     if given.ndim != made.ndim or not 2 <= made.ndim <= 5 or given.shape[0] != made.shape[0] or not given.is_floating_point():
         return None
-    grid = [_ratio(new, old) for new, old in zip(made.shape[2:], given.shape[2:], strict=True)] if made.ndim > 3 else None
-    if made.ndim == 3 and given.shape[1] != made.shape[1]:
+    axis = traced.channel_axis(made.ndim)
+    grid: list[list[int]] | None = [_ratio(new, old) for new, old in zip(made.shape[2:], given.shape[2:], strict=True)]
+    if axis != 1 and given.shape[1:-1] != made.shape[1:-1]:
         return None
-    if grid is not None and all(pair == [1, 1] for pair in grid):
+    if axis != 1 or all(new == old for new, old in zip(made.shape[2:], given.shape[2:], strict=True)):
         grid = None
-    options = {"source": source, "channels": [given.shape[channel_axis(given)], made.shape[channel_axis(made)]], "grid": grid}
+    options = {"source": source, "channels": [given.shape[axis], made.shape[axis]], "grid": grid, **traced.axis_options(made.ndim)}
     return options if pointwise_cost(options, made).macs * made.shape[0] < traced.macs else None
 
 
@@ -87,20 +88,22 @@ def zeros_like_output(traced: Traced) -> Options | None:
         return None
     returns = []
     for piece in pieces:
-        match = next((pair for pair in traced.arguments if pair[1].ndim == piece.ndim and pair[1].is_floating_point()), None)
+        match = next((pair for pair in traced.arguments if _can_size(pair[1], piece)), None)
         if match is None:
             return None
-        returns.append({"source": match[0], "shape": _shape_from(match[1], piece)})
+        returns.append({"source": match[0], "shape": _shape_from(match[1], piece, traced.channel_axis(piece.ndim))})
     return {"returns": returns, "many": many}
 
 
-def channel_axis(tensor: Tensor) -> int:
-    """Channels come second in grids `(n, channels, ...)`, last in tokens `(n, length, channels)` and vectors."""
-    return 1 if tensor.ndim > 3 else tensor.ndim - 1
+def _can_size(given: Tensor, made: Tensor) -> bool:
+    """Whether a shape can be told from another: numbers of the same rank, or indices for which vectors stand."""
+    if not given.is_floating_point():
+        return given.shape == made.shape[:-1]
+    return given.ndim == made.ndim
 
 
-def _shape_from(given: Tensor, made: Tensor) -> list[Any]:
-    channels = channel_axis(made)
+def _shape_from(given: Tensor, made: Tensor, channels: int) -> list[Any]:
+    channels = channels if given.is_floating_point() else made.ndim - 1
     return [size if axis == channels else [axis, *_ratio(size, given.shape[axis])] for axis, size in enumerate(made.shape)]
 
 

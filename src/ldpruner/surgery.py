@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ldpruner.errors import OperatorError, PlanError, suggest
 from ldpruner.ldpruner_v1 import FORMAT_VERSION, STAND_INS, Identity, Method, Pointwise, Shortcut, StandIn, Zero, build, install
-from ldpruner.operators.tracing import Call, architecture, meta_copy
+from ldpruner.operators.tracing import Call, architecture, dry_run, shared_copy
 from ldpruner.plans import Edit, Plan, within
 
 # Operator -> weight (out, in) and bias (out) of its pointwise map; `correction_of(operator)` -> scale and shift, (channels) both,
@@ -97,11 +97,10 @@ def check_edits(denoiser: nn.Module, edits: Sequence[Edit], call: Call) -> None:
     for edit in edits:
         _operator(denoiser, edit.operator)
         _check_known(edit)
-    skeleton = meta_copy(denoiser)
+    changed = shared_copy(denoiser)
     try:
-        install(skeleton, {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in edits})
-        with torch.no_grad():
-            call.to("meta").run(skeleton.to("meta"))
+        install(changed, {edit.operator: {"replacement": edit.replacement, "options": dict(edit.options)} for edit in edits})
+        dry_run(changed, call)
     except Exception as error:  # whatever the denoiser's own code raises
         raise PlanError(
             f"the plan's stand-ins do not fit this {type(denoiser).__name__} ({type(error).__name__}: {error}). "
@@ -179,8 +178,7 @@ def with_weights(module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
 def pruned_view(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted) -> nn.Module:
     """A denoiser with the edits made that shares every weight it keeps with `denoiser`, which stays as it is."""
     with trial(denoiser, edits, fitted=fitted):
-        shared = {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())}
-        return copy.deepcopy(denoiser, dict(shared))
+        return shared_copy(denoiser)
 
 
 def _check_apart(edits: Sequence[Edit]) -> None:

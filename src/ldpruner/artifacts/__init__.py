@@ -1,6 +1,6 @@
 """A pruned pipeline on disk: a diffusers folder in one of three forms, beside the plan and the record of how it was made."""
 
 from ldpruner.artifacts.dense import densify
-from ldpruner.artifacts.folder import FORMS, check_form, loading_lines, save, save_distilled
+from ldpruner.artifacts.folder import FORMS, check_form, loading_lines, save, save_denoiser, save_distilled
 
-__all__ = ["FORMS", "check_form", "densify", "loading_lines", "save", "save_distilled"]
+__all__ = ["FORMS", "check_form", "densify", "loading_lines", "save", "save_denoiser", "save_distilled"]

@@ -15,26 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from ldpruner.errors import ArtifactError
-from ldpruner.operators.tracing import tensors_in
-from ldpruner.pipelines import Pipeline
+from ldpruner.operators.tracing import Call, tensors_in
 from ldpruner.plans import Edit, Plan
-from ldpruner.probes import Probe
 from ldpruner.surgery import Fitted, correction_of, of_kept, place, trial, with_weights
 
 _LEAVES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 
 
-def densify(pipeline: Pipeline, plan: Plan, *, fitted: Fitted | None = None) -> nn.Module:
-    """A copy of the pipeline's denoiser, of the original architecture, that computes what the plan's edits leave.
+def densify(denoiser: nn.Module, plan: Plan, call: Call, *, fitted: Fitted | None = None) -> nn.Module:
+    """A copy of `denoiser`, of the original architecture, that computes what the plan's edits leave.
 
-    Every rewritten operator is compared with its stand-in on a real input. Raises `ArtifactError` that names the edits
-    which no weights can express.
+    Every rewritten operator is compared with its stand-in on what `call` gives it. Raises `ArtifactError` that names the
+    edits which no weights can express.
     """
-    dense = copy.deepcopy(pipeline.denoiser)
+    dense = copy.deepcopy(denoiser)
     for path, pair in of_kept(fitted or {}).items():
         place(dense, path, with_weights(dense.get_submodule(path), *pair))
-    given = _inputs(pipeline, [edit.operator for edit in plan.edits], plan.probe or Probe())
+    given = _inputs(denoiser, [edit.operator for edit in plan.edits], call)
     refused = [
         edit for edit in plan.edits if edit.reason == "chosen" and not _rewrite(dense, edit, given[edit.operator], fitted or {})
     ]
@@ -47,15 +45,14 @@ def densify(pipeline: Pipeline, plan: Plan, *, fitted: Fitted | None = None) -> 
     return dense
 
 
-def _inputs(pipeline: Pipeline, names: list[str], probe: Probe) -> dict[str, Given]:
-    """What each operator is given in the first call of a generation."""
+def _inputs(denoiser: nn.Module, names: list[str], call: Call) -> dict[str, Given]:
+    """What each operator is given in the call."""
     seen: dict[str, Given] = {}
-    call = pipeline.call(probe)
     with ExitStack() as stack, torch.no_grad():
         for name in names:
             keep = _keeper(seen, name)
-            stack.callback(pipeline.denoiser.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True).remove)
-        call.run(pipeline.denoiser)
+            stack.callback(denoiser.get_submodule(name).register_forward_pre_hook(keep, with_kwargs=True).remove)
+        call.run(denoiser)
     return seen
 
 

@@ -16,6 +16,7 @@ from ldpruner.errors import ArtifactError, UnknownNameError, suggest
 from ldpruner.files import staged_folder, write_json
 from ldpruner.pipelines import FORMAT_MODULE, Pipeline
 from ldpruner.plans import Plan
+from ldpruner.probes import Probe
 from ldpruner.recovery import Distilled
 from ldpruner.surgery import Fitted, removed_operators
 
@@ -48,7 +49,9 @@ def save(
     check_form(form)
     if form == "dense" and (removed_operators(pipeline.denoiser) or (plan is None and removed_operators(pruned))):
         raise ArtifactError("the dense form is made from the original's weights, which are not at hand. Save as portable.")
-    denoiser = densify(pipeline, plan, fitted=fitted) if form == "dense" and plan is not None else pruned
+    denoiser = pruned
+    if form == "dense" and plan is not None:
+        denoiser = densify(pipeline.denoiser, plan, pipeline.call(plan.probe or Probe()), fitted=fitted)
     with staged_folder(out) as scratch:
         with pipeline.with_denoiser(denoiser):
             pipeline.pipe.save_pretrained(scratch)
@@ -59,6 +62,25 @@ def save(
         if plan is not None:
             plan.save(scratch / PLAN)
         write_json(scratch / RECORD, {"form": form, "base": pipeline.source, **(record or {})})
+
+
+def save_denoiser(denoiser: nn.Module, out: Path, *, form: str = "portable") -> None:
+    """Write a pruned denoiser alone to `out`, to be loaded by `diffusers.AutoModel.from_pretrained`.
+
+    The folder is written aside and renamed: it is whole or absent. For the dense form give what `densify` made. Raises
+    `ArtifactError` where the disk refuses.
+    """
+    check_form(form)
+    if form == "dense" and removed_operators(denoiser):
+        raise ArtifactError("the dense form is made from the original's weights: give what `densify` makes of it.")
+    with staged_folder(out) as scratch:
+        saved: Any = denoiser
+        saved.save_pretrained(scratch)
+        if form == "portable" and removed_operators(denoiser):
+            config_file = scratch / "config.json"
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            write_json(config_file, {**config, "auto_map": {"AutoModel": f"{FORMAT_MODULE}.{config['_class_name']}"}})
+            _put_loader_in(scratch)
 
 
 def save_distilled(distilled: Distilled, out: Path, *, form: str | None = None) -> str:
@@ -109,5 +131,9 @@ def _make_portable(folder: Path, component: str) -> None:
     index = json.loads(index_file.read_text(encoding="utf-8"))
     index[component][0] = FORMAT_MODULE
     write_json(index_file, index)
+    _put_loader_in(folder / component)
+
+
+def _put_loader_in(folder: Path) -> None:
     assert ldpruner_v1.__file__ is not None
-    shutil.copyfile(ldpruner_v1.__file__, folder / component / f"{FORMAT_MODULE}.py")
+    shutil.copyfile(ldpruner_v1.__file__, folder / f"{FORMAT_MODULE}.py")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,11 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ldpruner.errors import PipelineError
 from ldpruner.ldpruner_v1 import build
 from ldpruner.operators.stages import stage_of_blocks
 from ldpruner.operators.timing import device_of, time_modules, time_pointwise
-from ldpruner.operators.tracing import Call, Trace, Traced, architecture, meta_copy, tensors_in, trace
+from ldpruner.operators.tracing import Call, Trace, Traced, architecture, on_meta, tensors_in, trace
 from ldpruner.plans import Candidate, Cost, Edit, Operator, Operators, dead_edit, outermost, within
 from ldpruner.replacements import REPLACEMENTS, pointwise_cost, zeros_like_output
 
@@ -32,13 +32,8 @@ def discover(denoiser: nn.Module, call: Call, *, timing_repeats: int = 9) -> Ope
     it: on the meta device, which takes no memory, or in a copy of a denoiser so small that it is quicker. `timing_repeats=0`
     leaves times at 0. Raises `PipelineError` where the denoiser cannot be traced.
     """
-    dry = call.to("meta")
-    skeleton = meta_copy(denoiser)
-    try:
-        traced = trace(skeleton, dry)
-    except (RuntimeError, NotImplementedError) as error:
-        raise PipelineError(f"{type(denoiser).__name__}: its call cannot be traced without weights ({error}).") from error
-    found = _Survey(_tried_in(denoiser, skeleton, traced.macs), traced, batch=call.batch).operators()
+    traced = trace(denoiser, call)
+    found = _Survey(_tried_in(denoiser, traced), traced, batch=call.batch).operators()
     total = Cost(params=_params(denoiser), macs=traced.macs // call.batch)
     operators = Operators(
         model=architecture(denoiser),
@@ -72,7 +67,7 @@ class DeadCode:
 
     def __init__(self, denoiser: nn.Module, call: Call, operators: Operators) -> None:
         self.operators = operators
-        self._trace = trace(meta_copy(denoiser), call.to("meta"))
+        self._trace = trace(denoiser, call)
         alive = self._trace.dataflow.reaching()
         can_die = (operator.name for operator in operators.operators if operator.if_dead)
         self._used = {name for name in can_die if alive.intersection(self._trace.modules[name].operations)}
@@ -93,6 +88,7 @@ class DeadCode:
         left = [name for name in self._used if not operations.intersection(modules[name].operations)]
         needed = [e.operator for e in edits if any(id(made) in tensors for made in tensors_in(modules[e.operator].output))]
         apart = [name for name in left if not any(within(name, e.operator) for e in edits)]
+        apart += [e.operator for e in edits if e.operator in self._used and e.operator not in needed]  # stand-ins for no one
         return list(outermost(name for name in apart if not any(within(stand_in, name) for stand_in in needed)))
 
 
@@ -108,10 +104,10 @@ def _instead(modules: Mapping[str, Traced], name: str, replacement: str, options
     return {id(tensor): reads for tensor in tensors_in(entry.output)}
 
 
-def _tried_in(denoiser: nn.Module, skeleton: nn.Module, macs: int) -> nn.Module:
+def _tried_in(denoiser: nn.Module, traced: Trace) -> nn.Module:
     """Where stand-ins are tried: a copy with numbers in it where that is quicker, and every device knows how to use them."""
-    cheap = macs < CHEAP and all(parameter.dtype == torch.float32 for parameter in denoiser.parameters())
-    return copy.deepcopy(denoiser).eval() if cheap else skeleton
+    cheap = traced.macs < CHEAP and all(parameter.dtype == torch.float32 for parameter in denoiser.parameters())
+    return copy.deepcopy(denoiser).eval() if cheap and not on_meta(denoiser) else traced.ran_in
 
 
 @dataclass
@@ -123,11 +119,50 @@ class _Survey:
     batch: int
 
     def operators(self) -> list[Operator]:
+        self.like = next(self.tried_in.parameters())
         once = [entry for entry in self.trace.modules.values() if entry.calls == 1 and _does_something(entry)]
         self.zeros = {entry.name: self._when_dead(entry) for entry in once if _params(entry.module)}
         self.alive = self.trace.dataflow.reaching()
         found = [operator for operator in map(self._operator, once) if operator.candidates or operator.if_dead]
+        found = self._leaving_a_parameter(self._not_looked_into(found))
         return _with_parents(_with_stages(found, stage_of_blocks(self.tried_in, self.trace.modules)))
+
+    def _not_looked_into(self, found: Sequence[Operator]) -> list[Operator]:
+        """Without operators of which code beyond the module around them reads parts, such as an attention's processor."""
+        names, layers = {operator.name for operator in found}, dict[int, list[Operator]]()
+        for operator in found:
+            layers.setdefault(sum(operator.name.startswith(name + ".") for name in names), []).append(operator)
+        kept = {operator.name for layer in layers.values() for operator in self._running(layer)}
+        return [operator for operator in found if operator.name in kept]
+
+    def _leaving_a_parameter(self, found: Sequence[Operator]) -> list[Operator]:
+        """With fewer ways to replace what holds the first parameter of a module that is asked for one, mostly for its dtype.
+
+        Each stand-in without parameters runs there, as others hold some; all together they would leave none.
+        """
+        for asked in self.trace.asked - {""}:
+            first = next((name for name, _ in self.tried_in.get_submodule(asked).named_parameters()), "")
+            owner = f"{asked}.{first}".rpartition(".")[0]
+            found = [_kept_for_its_parameters(o) if within(owner, o.name) and o.name.startswith(f"{asked}.") else o for o in found]
+        return [operator for operator in found if operator.candidates or operator.if_dead]
+
+    def _running(self, layer: Sequence[Operator]) -> Sequence[Operator]:
+        """Of operators that do not lie in each other, those with whose stand-ins the whole denoiser runs, found by halves."""
+        if self._run_together(layer):
+            return layer
+        if len(layer) == 1:
+            log.info("%s stays: code beyond the module around it reads its parts", layer[0].name)
+            return []
+        half = len(layer) // 2
+        return [*self._running(layer[:half]), *self._running(layer[half:])]
+
+    def _run_together(self, layer: Sequence[Operator]) -> bool:
+        with ExitStack() as stack:
+            for operator in layer:
+                first = operator.candidates[0] if operator.candidates else None
+                options = dict(first.options) if first else dict(operator.if_dead or {})
+                stack.enter_context(self._swapped(operator.name, first.replacement if first else "zero", options))
+            return self._gives_the_same(self.trace.modules[""])
 
     def _when_dead(self, entry: Traced) -> dict[str, Any] | None:
         """Options of the `zero` that can hold its place; None where the module around asks more of it, such as its parts."""
@@ -144,6 +179,7 @@ class _Survey:
             parent=None,
             candidates=tuple(self._candidates(entry)),
             if_dead=self.zeros.get(entry.name),
+            axis=entry.axis_options(tensors_in(entry.output)[0].ndim).get("axis"),
         )
 
     def _cost(self, entry: Traced) -> Cost:
@@ -168,20 +204,30 @@ class _Survey:
 
     def _runs(self, entry: Traced, replacement: str, options: dict[str, Any]) -> bool:
         """Whether the module around the operator gives what it gave before; beyond it nothing can differ."""
-        parent, _, name = entry.name.rpartition(".")
-        siblings, around = self.tried_in.get_submodule(parent)._modules, self._called_around(parent)
-        module = self.tried_in.get_submodule(entry.name)
-        like = next(module.parameters(), next(self.tried_in.parameters()))
-        siblings[name] = build(replacement, options, module).to(like)
+        with self._swapped(entry.name, replacement, options):
+            return self._gives_the_same(self._called_around(entry.name.rpartition(".")[0]))
+
+    @contextmanager
+    def _swapped(self, path: str, replacement: str, options: dict[str, Any]) -> Iterator[None]:
+        """The denoiser in which stand-ins are tried with this one in it, for as long as the block runs."""
+        parent, _, name = path.rpartition(".")
+        siblings, module = self.tried_in.get_submodule(parent)._modules, self.tried_in.get_submodule(path)
+        siblings[name] = build(replacement, options, module).to(next(module.parameters(), self.like))
         try:
-            with torch.no_grad():
-                args, kwargs = tree_map(lambda leaf: _zeros(leaf, like.device), around.given)
-                return _shapes(self.tried_in.get_submodule(around.name)(*args, **kwargs)) == _shapes(around.output)
-        except Exception as error:  # whatever the denoiser's own code raises: the stand-in does not fit there
-            log.info("%s does not fit %s: %s", replacement, entry.name, error)
-            return False
+            yield
         finally:
             siblings[name] = module
+
+    def _gives_the_same(self, around: Traced) -> bool:
+        """Whether a module, with what is swapped in it, gives the shapes that it gave."""
+        given = _copies if self.trace.has_numbers else _zeros
+        args, kwargs = tree_map(lambda leaf: given(leaf, self.like.device), around.given)
+        try:
+            with torch.no_grad():
+                return _shapes(self.tried_in.get_submodule(around.name)(*args, **kwargs)) == _shapes(around.output)
+        except Exception as error:  # whatever the denoiser's own code raises: the stand-in does not fit there
+            log.info("a stand-in does not fit in %s: %s", around.name or "the denoiser", error)
+            return False
 
     def _called_around(self, path: str) -> Traced:
         while path and path not in self.trace.modules:
@@ -229,6 +275,16 @@ def _does_something(entry: Traced) -> bool:
 def _zeros(leaf: Any, device: torch.device) -> Any:
     """What stands for a tensor where numbers do not matter."""
     return torch.zeros_like(leaf, device=device) if isinstance(leaf, Tensor) else leaf
+
+
+def _kept_for_its_parameters(operator: Operator) -> Operator:
+    candidates = tuple(c for c in operator.candidates if c.replacement in {"pointwise", "shortcut"})
+    return replace(operator, candidates=candidates, if_dead=None)
+
+
+def _copies(leaf: Any, device: torch.device) -> Any:
+    """What stands for a tensor where the code around looks at its numbers."""
+    return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _shapes(tree: Any) -> list[tuple[torch.Size, torch.dtype]]:

@@ -1,7 +1,7 @@
 """One call of a denoiser, watched: what every module takes and gives, and which outputs are only ever added to something.
 
 The call runs on the meta device, on a copy that holds shapes and no weights: it costs neither memory nor arithmetic, and
-counts multiplications that PyTorch's counter misses on a CPU.
+counts multiplications that PyTorch's counter misses on a CPU. A few classes look at numbers on their way, and run with them.
 """
 
 from __future__ import annotations
@@ -9,18 +9,24 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
+from ldpruner.errors import PipelineError
+from ldpruner.ldpruner_v1 import channel_axis
 from ldpruner.operators.dataflow import Dataflow
+
+log = logging.getLogger(__name__)
 
 Source = list[Any]  # [position, keyword] of an argument
 
@@ -131,6 +137,16 @@ class Traced:
     shortcut: tuple[str, float] | None = None  # child on the skip path, and the scale of its contribution
     given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # all its arguments
     operations: range = range(0)  # what ran inside it, as numbers of the dataflow
+    axes: dict[int, int] = field(default_factory=dict)  # rank of a tensor -> where its channels are, where a map inside tells
+
+    def channel_axis(self, ndim: int) -> int:
+        """Where tensors of this rank have their channels: as the first map inside has them, else as their rank has them."""
+        return self.axes.get(ndim, channel_axis(ndim, {}) if ndim else 0) % max(ndim, 1)
+
+    def axis_options(self, ndim: int) -> dict[str, int]:
+        """What a stand-in's options have to say of that: nothing, where it goes by rank."""
+        axis = self.channel_axis(ndim)
+        return {} if axis == channel_axis(ndim, {}) else {"axis": 1 if axis == 1 else -1}
 
 
 def meta_copy(denoiser: nn.Module) -> nn.Module:
@@ -141,6 +157,23 @@ def meta_copy(denoiser: nn.Module) -> nn.Module:
         for t in tensors
     }
     return copy.deepcopy(denoiser, memo)
+
+
+def shared_copy(denoiser: nn.Module) -> nn.Module:
+    """A copy of the structure that holds the very same parameters and buffers."""
+    return copy.deepcopy(denoiser, {id(tensor): tensor for tensor in (*denoiser.parameters(), *denoiser.buffers())})
+
+
+def dry_run(denoiser: nn.Module, call: Call) -> Any:
+    """What a call gives, without arithmetic: on the meta device, or with numbers where that cannot be."""
+    with torch.no_grad():
+        try:
+            return call.to("meta").run(meta_copy(denoiser).to("meta"))
+        except Exception as error:  # whatever the denoiser's own code raises, it may be that it looks at numbers
+            if on_meta(denoiser):
+                raise
+            log.info("%s runs with numbers, as without them: %s", type(denoiser).__name__, error)
+            return call.copied().run(denoiser)
 
 
 def architecture(denoiser: nn.Module) -> str:
@@ -164,26 +197,60 @@ class Trace:
     modules: dict[str, Traced]
     dataflow: Dataflow
     macs: int  # of the whole call, all samples
+    ran_in: nn.Module  # what was called: a copy that holds shapes, or the denoiser itself
+    asked: frozenset[str]  # modules that were asked for their parameters, as for the dtype of the first
+
+    @property
+    def has_numbers(self) -> bool:
+        """Whether the call had to be made with numbers, as the denoiser's own code looks at them."""
+        return not on_meta(self.ran_in)
+
+
+def trace(denoiser: nn.Module, call: Call) -> Trace:
+    """Watch one call: on the meta device, or, where the denoiser's own code looks at numbers, as masks and indices, with them.
+
+    With numbers it costs a call and the memory of all that it makes on the way. Raises `PipelineError` where neither runs.
+    """
+    try:
+        return _traced(denoiser if on_meta(denoiser) else meta_copy(denoiser), call.to("meta"))
+    except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
+        if on_meta(denoiser):
+            raise PipelineError(f"{type(denoiser).__name__}: its call cannot be traced without weights ({error}).") from error
+        log.info("%s is traced with numbers, as without them: %s", type(denoiser).__name__, error)
+        return _traced(denoiser, call.copied())
 
 
 @torch.inference_mode(mode=False)  # inside it, PyTorch hides the parts of composite operations from who watches
-def trace(skeleton: nn.Module, call: Call) -> Trace:
-    """Run one call on the meta device and watch it."""
-    watch = _Watch(skeleton)
+def _traced(ran_in: nn.Module, call: Call) -> Trace:
+    watch = _Watch(ran_in)
     counter = FlopCounterMode(display=False)
-    with torch.no_grad(), counter, watch, watch.hooked():
-        output = call.run(skeleton)
+    with torch.no_grad(), counter, watch, watch.hooked(), _attention_in_parts(ran_in):
+        output = call.run(ran_in)
     watch.finish(output)
     flops = counter.get_flop_counts()
-    root = type(skeleton).__name__
+    root = type(ran_in).__name__
     for name, traced in watch.traced.items():
         traced.macs = sum(flops.get(f"{root}.{name}" if name else root, {}).values()) // 2
-    return Trace(watch.traced, watch.dataflow, int(counter.get_total_flops()) // 2)
+    return Trace(watch.traced, watch.dataflow, int(counter.get_total_flops()) // 2, ran_in, frozenset(watch.asked))
+
+
+def _attention_in_parts(ran_in: nn.Module) -> AbstractContextManager[None]:
+    """On a CPU, where PyTorch's counter does not know fused attention: have attention written out."""
+    return sdpa_kernel(SDPBackend.MATH) if device_type(ran_in) == "cpu" else nullcontext()
+
+
+def device_type(module: nn.Module) -> str:
+    return next((tensor.device.type for tensor in module.parameters()), "cpu")
+
+
+def on_meta(module: nn.Module) -> bool:
+    """Whether a module holds shapes and no numbers."""
+    return device_type(module) == "meta"
 
 
 def count_macs(denoiser: nn.Module, call: Call) -> int:
     """Multiply-accumulates of one denoiser call for one sample, half of the floating-point operations that PyTorch counts."""
-    return trace(meta_copy(denoiser), call.to("meta")).macs // call.batch
+    return trace(denoiser, call).macs // call.batch
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
@@ -197,11 +264,14 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Each tensor is kept alive until the end, so that its id stays its own; on the meta device that holds no memory.
     """
 
+    supports_higher_order_operators = True  # such as flex attention, which is an operation like others here
+
     def __init__(self, root: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.root = root
         self.traced: dict[str, Traced] = {}
         self.dataflow = Dataflow()
+        self.asked: set[str] = set()
         self._keep: list[Any] = []
         self._makers: dict[int, set[str]] = {}  # tensor -> modules whose output it is, through homogeneous operations
         self._added: set[str] = set()
@@ -217,7 +287,16 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 leave = module.register_forward_hook(self._leave(name), with_kwargs=True)
                 stack.callback(enter.remove)
                 stack.callback(leave.remove)
+                module.__dict__["parameters"] = self._asked(name, module.parameters)
+                stack.callback(module.__dict__.pop, "parameters")
             yield
+
+    def _asked(self, name: str, parameters: Callable[..., Any]) -> Callable[..., Any]:
+        def asked(*args: Any, **kwargs: Any) -> Any:
+            self.asked.add(name)
+            return parameters(*args, **kwargs)
+
+        return asked
 
     def _enter(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -243,7 +322,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
         self._keep.append(output)
-        self._follow(func.overloadpacket.__name__, args, kwargs or {}, output)
+        self._follow(getattr(func, "overloadpacket", func).__name__, args, kwargs or {}, output)
         return output
 
     def _follow(self, operation: str, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -270,6 +349,33 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, traced in self.traced.items():
             traced.is_branch = name in self._added - self._used_otherwise
             traced.shortcut = self._find_shortcut(traced)
+        self._find_axes()
+
+    def _find_axes(self) -> None:
+        """Tell every module where its tensors have their channels: as the first map or normalisation inside it has them, or
+        else, as for an activation, the nearest module around it of which that is known.
+        """
+        for name, traced in self.traced.items():
+            axis = _axis_of(traced.module)
+            if axis is None:
+                continue
+            for ndim in {tensor.ndim for tensor in tensors_in(traced.output)}:
+                for around in self._around(name):
+                    around.axes.setdefault(ndim, axis)
+        for name, traced in self.traced.items():
+            for ndim in {tensor.ndim for tensor in tensors_in(traced.output)} - traced.axes.keys():
+                known = next((around.axes[ndim] for around in self._around(name) if ndim in around.axes), None)
+                if known is not None:
+                    traced.axes[ndim] = known
+
+    def _around(self, name: str) -> Iterator[Traced]:
+        """What was called of a module and those that it lies in, the innermost first."""
+        while True:
+            if name in self.traced:
+                yield self.traced[name]
+            if not name:
+                return
+            name = name.rpartition(".")[0]
 
     def _find_shortcut(self, block: Traced) -> tuple[str, float] | None:
         """The child of `block` that maps the block's input onto one summand of the block's output, if there is one."""
@@ -291,6 +397,22 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor, factor = self._scaled[tensor]
             scale *= factor
         return tensor, scale
+
+
+_CHANNELS_SECOND = (
+    nn.modules.conv._ConvNd,
+    nn.GroupNorm,
+    nn.modules.batchnorm._BatchNorm,
+    nn.modules.instancenorm._InstanceNorm,
+)
+
+
+def _axis_of(module: nn.Module) -> int | None:
+    """Where a single map or normalisation has its channels; None for a module that does not tell."""
+    if isinstance(module, _CHANNELS_SECOND):
+        return 1
+    weight = module._parameters.get("weight")
+    return -1 if isinstance(module, nn.Linear | nn.Embedding) or (weight is not None and weight.ndim == 1) else None
 
 
 def _named_tensors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[Source, Tensor]]:

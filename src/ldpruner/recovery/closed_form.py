@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldpruner.fitting import Moments, Weights, pointwise_wanted, rows
-from ldpruner.ldpruner_v1 import Pointwise, Shortcut, StandIn, resample
+from ldpruner.ldpruner_v1 import Pointwise, Shortcut, StandIn, channel_axis, resample
 from ldpruner.operators.tracing import Call
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, within
@@ -127,28 +127,30 @@ def _fit_stand_in(
         moments = Moments.empty(stand_in.options["channels"])
         for (args, kwargs, _), made in zip(replay.reach(name), wanted, strict=True):
             given = resample(stand_in.pick(stand_in.options["source"], args, kwargs), stand_in.options["grid"])
-            errors.add(moments, rows(given), rows(made))
+            axis = channel_axis(made.ndim, stand_in.options)
+            errors.add(moments, rows(given, axis), rows(made, axis))
         return moments.solve(errors.ridge, start[0])
-    return _fit_channels(replay, name, wanted, errors)
+    return _fit_channels(replay, name, wanted, errors, axis=channel_axis(wanted[0].ndim, stand_in.options))
 
 
-def _fit_channels(replay: Replay, name: str, wanted: Sequence[Tensor], errors: Errors) -> Pair:
+def _fit_channels(replay: Replay, name: str, wanted: Sequence[Tensor], errors: Errors, *, axis: int) -> Pair:
     """The scale and shift of every channel of what a module makes."""
     sums = ChannelSums()
     for (_, _, output), made in zip(replay.reach(name), wanted, strict=True):
-        errors.add(sums, rows(output), rows(made))
+        errors.add(sums, rows(output, axis), rows(made, axis))
     return sums.solve(errors.ridge)
 
 
 def _fit_map(replay: Replay, name: str, module: Any, wanted: Sequence[Tensor], errors: Errors) -> Pair:
     """The weight and bias of a map that stays, on some of the positions; a scale and shift of its outputs where they are few."""
-    inputs, positions = module.weight[0].numel(), len(rows(wanted[0])) * len(wanted)
+    axis = 1 if isinstance(module, nn.Conv2d) else wanted[0].ndim - 1
+    inputs, positions = module.weight[0].numel(), len(rows(wanted[0], axis)) * len(wanted)
     if inputs > min(positions, INPUTS):
-        scale, shift = (values.to(module.weight.device) for values in _fit_channels(replay, name, wanted, errors))
+        scale, shift = (values.to(module.weight.device) for values in _fit_channels(replay, name, wanted, errors, axis=axis))
         return torch.einsum("o...,o->o...", module.weight.float(), scale), module.bias.float() * scale + shift
     draw, moments = torch.Generator().manual_seed(0), Moments.empty([inputs, len(module.weight)])
     for (args, kwargs, _), made in zip(replay.reach(name), wanted, strict=True):
-        given, answers = _patches(module, args[0] if args else kwargs["input"]), rows(made)
+        given, answers = _patches(module, args[0] if args else kwargs["input"]), rows(made, axis)
         if positions > ROWS:
             some = errors.some(len(answers), ROWS / positions, draw).to(answers.device)
             given, answers = given[some], answers[some]

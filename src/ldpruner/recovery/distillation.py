@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 from tqdm.auto import tqdm
@@ -24,7 +23,7 @@ from tqdm.auto import tqdm
 from ldpruner.environment import environment
 from ldpruner.errors import ArtifactError, PipelineError, RunError
 from ldpruner.files import append_json_line, read_json_lines, write_text
-from ldpruner.operators.tracing import Call, meta_copy, weights_digest
+from ldpruner.operators.tracing import Call, dry_run, weights_digest
 from ldpruner.pipelines import Model, Pipeline, as_pipeline
 from ldpruner.probes import Probe
 from ldpruner.recovery.batches import Batches
@@ -198,8 +197,7 @@ def _learning(
 def _check_answers(student: Any, call: Call, shape: tuple[int, ...], sources: tuple[str, str]) -> None:
     """Raise `PipelineError` where a student cannot answer its teacher's calls."""
     try:
-        with torch.no_grad():
-            answer = first_tensor(call.to("meta").run(meta_copy(student).to("meta")))
+        answer = first_tensor(dry_run(student, call))
     except Exception as error:  # whatever the denoiser's own code raises
         raise PipelineError(f"{sources[1]}: does not take what {sources[0]} gives its denoiser ({error}).") from error
     if tuple(answer.shape[1:]) != shape:

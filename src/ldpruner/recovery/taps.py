@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldpruner.operators.tracing import Call, Trace, meta_copy, tensors_in, trace
+from ldpruner.operators.tracing import Call, Trace, tensors_in, trace
 from ldpruner.surgery import removed_operators
 
 
@@ -19,13 +19,9 @@ def find_taps(student: nn.Module, teacher: nn.Module, call: Call) -> tuple[str, 
     LAPTOP-Diff (arXiv 2404.11098) compare the outputs of stages; we find them. No taps for a student without edits.
     """
     edits = removed_operators(student)
-    seen = [_traced(module, call) for module in (student, teacher)] if edits else []
+    seen = [trace(module, call) for module in (student, teacher)] if edits else []
     taps = {_around(edit, *seen) for edit in edits}
     return tuple(sorted(tap for tap in taps if all(tap in each.modules and _shape(each, tap) for each in seen)))
-
-
-def _traced(denoiser: nn.Module, call: Call) -> Trace:
-    return trace(meta_copy(denoiser), call.to("meta"))
 
 
 def _around(edit: str, student: Trace, teacher: Trace) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldpruner.errors import OperatorError, PlanError, RunError, suggest
 from ldpruner.ldpruner_v1 import Shortcut, StandIn
-from ldpruner.operators.tracing import Call, meta_copy, trace
+from ldpruner.operators.tracing import Call, trace
 from ldpruner.plans import within
 from ldpruner.recovery.settings import Distillation
 from ldpruner.surgery import removed_operators
@@ -68,7 +68,7 @@ def before_first_edit(denoiser: nn.Module, call: Call) -> tuple[str, ...]:
     edits = removed_operators(denoiser)
     if not edits:
         raise PlanError("freeze_before_first_edit: nothing was removed from this student. Name paths with freeze.")
-    order = list(trace(meta_copy(denoiser), call.to("meta")).modules)
+    order = list(trace(denoiser, call).modules)
     first = min((order.index(edit) for edit in edits if edit in order), default=len(order))
     early = [name for name in order[:first] if not any(within(edit, name) for edit in edits) and name]
     return tuple(f"{name}.{own}" for name in early for own, _ in denoiser.get_submodule(name).named_parameters(recurse=False))

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldpruner.operators.tracing import Call, Traced, meta_copy, tensors_in, trace
+from ldpruner.ldpruner_v1 import channel_axis
+from ldpruner.operators.tracing import Call, Traced, tensors_in, trace
 from ldpruner.plans import Edit, Score
-from ldpruner.replacements import channel_axis
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.ledger import Key, key_of
 from ldpruner.scoring.shared import Hush, scored_together, stand_ins_beside
@@ -69,7 +69,7 @@ class _Mean:
 
     def add(self, mine: Any, other: Any) -> None:
         for one, two in zip(tensors_in(mine), tensors_in(other), strict=True):
-            cosines = F.cosine_similarity(one.float(), two.float(), dim=channel_axis(one))
+            cosines = F.cosine_similarity(one.float(), two.float(), dim=channel_axis(one.ndim, {}))
             self.total += float(cosines.sum())
             self.count += cosines.numel()
 
@@ -106,7 +106,7 @@ def _streams_beside(
 
 def by_stream(denoiser: nn.Module, edits: Sequence[Edit], call: Call) -> dict[str, list[Edit]]:
     """Edits that leave a branch out, by the module whose output has the stream after the branch."""
-    modules = trace(meta_copy(denoiser), call.to("meta")).modules if edits else {}
+    modules = trace(denoiser, call).modules if edits else {}
     around: dict[str, list[Edit]] = {}
     for edit in edits:
         around.setdefault(stream_after(edit.operator, modules), []).append(edit)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from ldpruner.operators.stages import stage_of_blocks
-from ldpruner.operators.tracing import meta_copy, trace
+from ldpruner.operators.tracing import trace
 from ldpruner.plans import Score, within
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.shared import scored
@@ -29,7 +29,7 @@ class EndsAndSpreadScorer(Scorer):
 
     def scores(self, asked: Asked) -> Iterator[Score]:
         began = time.perf_counter()
-        called = trace(meta_copy(asked.pipeline.denoiser), asked.pipeline.call(asked.probe).to("meta")).modules
+        called = trace(asked.pipeline.denoiser, asked.pipeline.call(asked.probe)).modules
         places = block_order(stage_of_blocks(asked.pipeline.denoiser, called))
         for edit in asked.edits:
             yield scored(edit, _place(edit.operator, places), seconds=time.perf_counter() - began)
