@@ -37,6 +37,7 @@ class Walk:
     edits: int = 0
     dense: str = ""  # why a random plan had to be one of branches, or of nothing, to have a dense form
     unreached: int = 0  # parameters that the original's own call does not reach either
+    idle: int = 0  # parameters that a plan left without a use, and that lie in nothing that could be taken away
     failed: str = ""
 
 
@@ -55,7 +56,7 @@ def walk(specimen: Specimen, call: Call, folder: Path, loaders: dict[str, Loader
         save_denoiser(pruned, folder / form, form=form)
         same(loaders[form].outputs(folder / form, call), outputs(pruned, call), f"loaded from the {form} form")
     found.dense = dense_form(denoiser, operators, plan, fitted, call, folder, loaders["portable"])
-    found.unreached = trains(pruned, denoiser, plan, call)
+    found.unreached, found.idle = trains(pruned, denoiser, plan, call, operators)
     return found
 
 
@@ -161,8 +162,12 @@ def _has_dense_form(denoiser: nn.Module, operators: Operators, edit: Edit, call:
     return True
 
 
-def trains(pruned: nn.Module, original: nn.Module, plan: Plan, call: Call) -> int:
-    """A backward pass reaches every parameter that is left; how many the original's own call does not reach either."""
+def trains(pruned: nn.Module, original: nn.Module, plan: Plan, call: Call, operators: Operators) -> tuple[int, int]:
+    """A backward pass reaches every parameter that is left, but for two kinds, which are counted.
+
+    Those that the original's own call does not reach either; and those that the plan left without a use and that lie in nothing
+    that can be taken away, such as a table that a block itself holds, or a module that is called twice.
+    """
     never = _unreached(original, call)
     stand_ins = [
         edit.operator
@@ -170,8 +175,16 @@ def trains(pruned: nn.Module, original: nn.Module, plan: Plan, call: Call) -> in
         if all(f"{edit.operator}.{name}" in never for name, _ in original.get_submodule(edit.operator).named_parameters())
     ]
     lost = {name for name in _unreached(pruned, call) - never if not any(within(name, path) for path in stand_ins)}
-    assert not lost, f"no gradient reaches {len(lost)} parameters, first {min(lost)}"
-    return len(never)
+    missed = [operator.name for operator in operators.operators if operator.if_dead and _all_of(pruned, operator.name, lost)]
+    assert not missed, f"no gradient reaches {len(missed)} operators that could be taken away, first {missed[0]}"
+    return len(never), len(lost)
+
+
+def _all_of(pruned: nn.Module, path: str, lost: set[str]) -> bool:
+    """Whether a module is still there and no gradient reaches any of its parameters."""
+    modules = dict(pruned.named_modules())
+    names = {f"{path}.{name}" for name, _ in modules[path].named_parameters()} if path in modules else set()
+    return bool(names) and names <= lost
 
 
 def _unreached(denoiser: nn.Module, call: Call) -> set[str]:

@@ -139,7 +139,9 @@ def _seconds(denoiser: nn.Module, call: Call) -> float:
 
 
 def _lay(denoiser: nn.Module, memory_format: torch.memory_format) -> None:
-    denoiser.to(memory_format=memory_format)  # type: ignore[call-overload]  # PyTorch's stubs lack it
+    for parameter in denoiser.parameters():
+        if parameter.ndim == 4:  # of videos, which have five, the layout is another and stays
+            parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
 
 def arranges(denoiser: nn.Module) -> bool:

@@ -9,7 +9,9 @@ Apache-2.0, https://pypi.org/project/ldpruner
 
 from __future__ import annotations
 
+import logging
 from enum import Enum
+from types import MethodType
 from typing import Any
 
 import diffusers
@@ -21,6 +23,8 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 FORMAT_VERSION = 1
+
+log = logging.getLogger("ldpruner")
 
 
 def __getattr__(name: str) -> Any:
@@ -74,7 +78,7 @@ class Identity(StandIn):
 
 
 class Zero(StandIn):
-    """Returns zeros that hold no memory. Options: `returns`, per output a source and a shape made from the source's.
+    """Returns zeros that hold the memory of one row. Options: `returns`, per output a source and a shape made from the source's.
 
     With `correction`, a number of channels, the one output is a constant per channel instead.
     """
@@ -96,7 +100,7 @@ class Zero(StandIn):
         """A dimension is a number, or `[dimension of the input, numerator, denominator]`."""
         sizes = [size if isinstance(size, int) else like.shape[size[0]] * size[1] // size[2] for size in shape]
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()  # of indices, as an embedding is given
-        return torch.zeros((), dtype=dtype, device=like.device).expand(sizes)
+        return torch.zeros(sizes[-1:], dtype=dtype, device=like.device).expand(sizes)  # pairs of the last can be seen as complex
 
 
 class Shortcut(StandIn):
@@ -119,15 +123,28 @@ class Pointwise(StandIn):
 
     def __init__(self, options: dict[str, Any]) -> None:
         super().__init__(options)
-        self.map = nn.Linear(*options["channels"])
+        self.map = Map(*options["channels"])
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         inputs: Tensor = resample(self.pick(self.options["source"], args, kwargs), self.options["grid"])
-        if channel_axis(inputs.ndim, self.options) == inputs.ndim - 1:
-            mapped: Tensor = self.map(inputs)
+        axis = channel_axis(inputs.ndim, self.options)
+        if type(self.map) is Map:
+            mapped: Tensor = self.map(inputs, axis)
             return mapped
-        kernel = self.map.weight.view(*self.map.weight.shape, *(1,) * (inputs.ndim - 2))
-        convolved: Tensor = _CONVOLVE[inputs.ndim - 3](inputs, kernel, self.map.bias)
+        adapted: Tensor = self.map(inputs.movedim(axis, -1))  # by what was put around it, and knows linear maps only
+        return adapted.movedim(-1, axis)
+
+
+class Map(nn.Linear):
+    """A linear map over any one dimension, by a convolution where that is not the last; what hooks into linear maps works."""
+
+    def forward(self, input: Tensor, axis: int = -1) -> Tensor:
+        if axis in (-1, input.ndim - 1):
+            return super().forward(input)
+        if hasattr(self.weight, "__tensor_flatten__"):  # a quantized weight, which is no kernel
+            return super().forward(input.movedim(axis, -1)).movedim(-1, axis)
+        kernel = self.weight.view(*self.weight.shape, *(1,) * (input.ndim - 2))
+        convolved: Tensor = _CONVOLVE[input.ndim - 3](input, kernel, self.bias)
         return convolved
 
 
@@ -160,12 +177,47 @@ def resample(inputs: Tensor, grid: list[list[int]] | None) -> Tensor:
 STAND_INS: dict[str, type[StandIn]] = {"identity": Identity, "zero": Zero, "shortcut": Shortcut, "pointwise": Pointwise}
 
 
+class Seat(nn.Module):
+    """Keeps the place of an attention that is gone, and lets no processor in.
+
+    diffusers numbers a model's attentions in their order, and an IP-Adapter's weights go by these numbers: without the place,
+    they would end up in other attentions than those that they were made for.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        super().__init__()
+        self.__dict__["processor"] = processor  # as it was; not a part of this model, even where it has weights
+
+    def get_processor(self, *_: Any, **__: Any) -> Any:
+        return self.processor
+
+    def set_processor(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 def build(replacement: str, options: dict[str, Any], original: nn.Module) -> StandIn:
     """The stand-in for `original`; a shortcut takes the child that it keeps from there."""
     stand_in = STAND_INS[replacement](options)
     if isinstance(stand_in, Shortcut):
         stand_in.add_module(options["child"], original.get_submodule(options["child"]))
+    for path, module in original.named_modules(remove_duplicate=False):
+        if hasattr(module, "get_processor") and path.split(".")[0] != options.get("child"):
+            _seat(stand_in, path, module.get_processor())
     return stand_in
+
+
+def _seat(stand_in: Any, path: str, processor: Any) -> None:
+    """Put a seat at the path of an attention in the operator; without a path, the stand-in is one itself."""
+    seat, parent = Seat(processor), stand_in
+    if not path:
+        stand_in.get_processor, stand_in.set_processor = seat.get_processor, seat.set_processor
+        return
+    *parts, name = path.split(".")
+    for part in parts:
+        if part not in parent._modules:
+            parent.add_module(part, nn.Module())
+        parent = parent._modules[part]
+    parent.add_module(name, seat)
 
 
 def install(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
@@ -178,6 +230,35 @@ def install(model: nn.Module, operators: dict[str, dict[str, Any]]) -> None:
             stand_in.to(device=parameter.device, dtype=parameter.dtype)
         parent, _, name = path.rpartition(".")
         model.get_submodule(parent)._modules[name] = stand_in.train(original.training)
+
+
+def leave_out_of_lora(model: Any) -> None:
+    """Let LoRAs made for the original be loaded into `model`, pruned and signed: what they hold for operators that are gone is
+    left out with a warning, where PEFT would refuse the whole for each stand-in in the place of a single layer.
+    """
+    if hasattr(type(model), "load_lora_adapter"):
+        model.load_lora_adapter = MethodType(_load_lora_adapter, model)
+
+
+def _load_lora_adapter(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+    if isinstance(weights, dict):
+        prefix = f"{kwargs.get('prefix')}."
+        gone = [key for key in weights if _is_gone(key.removeprefix(prefix), self.config["quantization_config"]["operators"])]
+        if gone:
+            log.warning(
+                "%d of %d tensors of this LoRA are for operators that were removed from this model, first %s: they are left out.",
+                *(len(gone), len(weights), min(gone)),
+            )
+        weights = {key: tensor for key, tensor in weights.items() if key not in gone}
+    return type(self).load_lora_adapter(self, weights, *args, **kwargs)
+
+
+def _is_gone(name: str, operators: dict[str, dict[str, Any]]) -> bool:
+    """Whether a parameter belongs to an operator that was replaced, and is not in what a shortcut keeps of it."""
+    return any(
+        name.startswith(f"{path}.") and not name.startswith(f"{path}.{entry['options'].get('child')}.")
+        for path, entry in operators.items()
+    )
 
 
 class Method(str, Enum):
@@ -230,6 +311,7 @@ class LDPrunerQuantizer(DiffusersQuantizer):  # type: ignore[misc]
                 f"ldpruner: the weights of this pruned model hold {len(surplus)} tensors too many, first {min(surplus)}: "
                 "its config.json and its weights do not belong together"
             )
+        leave_out_of_lora(model)
         model.is_quantized = False  # else diffusers refuses .to(dtype) and .half()
         return model
 

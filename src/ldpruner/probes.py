@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ldpruner.errors import RunError
@@ -22,6 +23,7 @@ class Probe:
     prompts: tuple[str, ...] = ()  # sample i takes prompt i, in turn; unconditional pipelines take none
     guidance_scale: float | None = None  # None: what the pipeline uses by default
     solver: str | None = None  # None: the pipeline's own scheduler; else one of `solvers.SOLVERS`, which needs fewer steps
+    call: Mapping[str, Any] = field(default_factory=dict)  # what else the pipeline's call is given, such as height; JSON
 
     def __post_init__(self) -> None:
         if self.samples < 1:
@@ -30,8 +32,8 @@ class Probe:
             raise RunError(f"num_inference_steps={self.num_inference_steps}: 1 or more are needed.")
 
     def to_json(self) -> dict[str, Any]:
-        data = asdict(self) | {"prompts": list(self.prompts)}
-        return {name: value for name, value in data.items() if name != "solver" or value is not None}  # as it was without solvers
+        data = asdict(self) | {"prompts": list(self.prompts), "call": dict(self.call)}
+        return {name: value for name, value in data.items() if name not in {"solver", "call"} or value}  # as it was without them
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Probe:

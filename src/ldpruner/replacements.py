@@ -23,7 +23,9 @@ REPLACEMENTS: Registry[Fit] = Registry("replacement")
 
 @REPLACEMENTS.register("identity")
 def identity(traced: Traced) -> Options | None:
-    """Return the input: fits where every output has the shape of an input of its own."""
+    """Return the input: fits where every output has the shape of an input of its own, and none is changed in place later."""
+    if traced.is_written:
+        return None
     free = list(traced.arguments)
     sources: list[Source | None] = []
     many = isinstance(traced.output, tuple | list)
@@ -84,7 +86,7 @@ def zeros_like_output(traced: Traced) -> Options | None:
     """Options of a `zero` that gives the shapes of this operator's outputs, or None where they cannot be derived."""
     many = isinstance(traced.output, tuple | list)
     pieces = list(traced.output) if many else [traced.output]
-    if not traced.arguments or not all(isinstance(piece, Tensor) for piece in pieces):
+    if traced.is_written or not traced.arguments or not all(isinstance(piece, Tensor) for piece in pieces):
         return None
     returns = []
     for piece in pieces:

@@ -12,7 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from ldpruner.errors import OperatorError, PlanError, suggest
-from ldpruner.ldpruner_v1 import FORMAT_VERSION, STAND_INS, Identity, Method, Pointwise, Shortcut, StandIn, Zero, build, install
+from ldpruner.ldpruner_v1 import (
+    FORMAT_VERSION,
+    STAND_INS,
+    Identity,
+    Method,
+    Pointwise,
+    Shortcut,
+    StandIn,
+    Zero,
+    build,
+    install,
+    leave_out_of_lora,
+)
 from ldpruner.operators.tracing import Call, architecture, dry_run, shared_copy
 from ldpruner.plans import Edit, Plan, within
 
@@ -196,7 +208,8 @@ def place(denoiser: nn.Module, path: str, module: nn.Module) -> None:
 
 def removed_operators(denoiser: Any) -> dict[str, dict[str, Any]]:
     """What was replaced in `denoiser` so far, as its config.json holds it; empty for an original."""
-    config = getattr(denoiser, "config", {}).get("quantization_config") or {}
+    config = getattr(denoiser, "config", None)
+    config = config.get("quantization_config") or {} if isinstance(config, dict) else {}
     return dict(config.get("operators", {})) if config.get("quant_method") == Method.LDPRUNER.value else {}
 
 
@@ -207,5 +220,6 @@ def _signed(pruned: Any, plan: Plan) -> nn.Module:
     if hasattr(pruned, "register_to_config"):
         signature = {"quant_method": Method.LDPRUNER.value, "format_version": FORMAT_VERSION, "operators": kept | new}
         pruned.register_to_config(quantization_config=signature)
+        leave_out_of_lora(pruned)
     module: nn.Module = pruned
     return module

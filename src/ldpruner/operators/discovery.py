@@ -22,6 +22,7 @@ from ldpruner.replacements import REPLACEMENTS, pointwise_cost, zeros_like_outpu
 
 log = logging.getLogger(__name__)
 
+HOLDING = frozenset({"pointwise", "shortcut"})  # replacements that hold parameters
 CHEAP = 2e9  # multiply-accumulates of a call: one of fewer is quicker than what the meta device takes to go through its shapes
 
 
@@ -96,12 +97,12 @@ def _instead(modules: Mapping[str, Traced], name: str, replacement: str, options
     """Of every tensor that an operator gives: those that its stand-in reads to make it."""
     entry = modules[name]
     if replacement == "shortcut":
-        reads = [id(modules[f"{name}.{options['child']}"].output)]
-    else:
-        given = {tuple(source): id(tensor) for source, tensor in entry.arguments}
-        pieces = options.get("returns", [options.get("source")])
-        reads = [given[tuple(source)] for source in pieces if isinstance(source, list)]
-    return {id(tensor): reads for tensor in tensors_in(entry.output)}
+        return {id(entry.output): [id(modules[f"{name}.{options['child']}"].output)]}
+    given = {tuple(source): id(tensor) for source, tensor in entry.arguments}
+    made = entry.output if isinstance(entry.output, tuple | list) else [entry.output]
+    sources = options.get("returns", [options.get("source")])  # those of a `zero` say where its shape is from: it reads nothing
+    reads = [[given[tuple(source)]] if isinstance(source, list | tuple) else [] for source in sources]
+    return {id(piece): read for piece, read in zip(made, reads, strict=True) if isinstance(piece, Tensor)}
 
 
 def _tried_in(denoiser: nn.Module, traced: Trace) -> nn.Module:
@@ -125,6 +126,9 @@ class _Survey:
         self.alive = self.trace.dataflow.reaching()
         found = [operator for operator in map(self._operator, once) if operator.candidates or operator.if_dead]
         found = self._leaving_a_parameter(self._not_looked_into(found))
+        self.can_die = [operator.name for operator in found if operator.if_dead]
+        found = [replace(o, candidates=tuple(self._with_dead(o))) for o in found]
+        found = [operator for operator in found if operator.candidates or operator.if_dead]
         return _with_parents(_with_stages(found, stage_of_blocks(self.tried_in, self.trace.modules)))
 
     def _not_looked_into(self, found: Sequence[Operator]) -> list[Operator]:
@@ -194,7 +198,6 @@ class _Survey:
                     replacement=name,
                     options=options,
                     cost=self._stand_in_cost(entry, name, options),
-                    dead=tuple(self._dead_with(entry, name, options)),
                 )
 
     def _stand_in_cost(self, entry: Traced, name: str, options: dict[str, Any]) -> Cost:
@@ -234,11 +237,26 @@ class _Survey:
             path = path.rpartition(".")[0]
         return self.trace.modules[path]
 
-    def _dead_with(self, entry: Traced, name: str, options: dict[str, Any]) -> Iterator[str]:
-        """The outermost modules that no longer reach the output when a stand-in gives `entry`'s output."""
-        reaching = self.trace.dataflow.reaching(_instead(self.trace.modules, entry.name, name, options))
-        apart = [n for n in self.zeros if self.zeros[n] and not within(n, entry.name) and not within(entry.name, n)]
-        return outermost(name for name in apart if self._died(name, reaching))
+    def _with_dead(self, operator: Operator) -> Iterator[Candidate]:
+        """The candidates with the outermost operators that no longer reach the output, but for those that cut the latents off."""
+        name = operator.name
+        apart = [other for other in self.can_die if not within(other, name) and not within(name, other)]
+        idle = not self.alive.intersection(self.trace.modules[name].operations)  # in the original already: no weights for it
+        for candidate in operator.candidates:
+            if idle and candidate.replacement in HOLDING:
+                continue
+            instead = _instead(self.trace.modules, name, candidate.replacement, candidate.options)
+            reaching, tensors = self.trace.dataflow.needed(instead)
+            if self._reads_latents(tensors):
+                yield replace(candidate, dead=tuple(outermost(other for other in apart if self._died(other, reaching))))
+            else:
+                log.info("%s at %s: the output would not depend on the latents", candidate.replacement, name)
+
+    def _reads_latents(self, tensors: set[int]) -> bool:
+        """Whether the first argument of the call is among the tensors that the output depends on."""
+        args, kwargs = self.trace.modules[""].given
+        first = next((given for given in (*args, *kwargs.values()) if tensors_in(given)), None)
+        return any(id(tensor) in tensors for tensor in tensors_in(first))
 
     def _died(self, name: str, reaching: set[int]) -> bool:
         operations = self.trace.modules[name].operations
@@ -278,7 +296,7 @@ def _zeros(leaf: Any, device: torch.device) -> Any:
 
 
 def _kept_for_its_parameters(operator: Operator) -> Operator:
-    candidates = tuple(c for c in operator.candidates if c.replacement in {"pointwise", "shortcut"})
+    candidates = tuple(c for c in operator.candidates if c.replacement in HOLDING)
     return replace(operator, candidates=candidates, if_dead=None)
 
 

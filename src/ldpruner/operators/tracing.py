@@ -137,6 +137,7 @@ class Traced:
     shortcut: tuple[str, float] | None = None  # child on the skip path, and the scale of its contribution
     given: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})  # all its arguments
     operations: range = range(0)  # what ran inside it, as numbers of the dataflow
+    is_written: bool = False  # numbers of its output are changed in place later on, so it must not be what others read
     axes: dict[int, int] = field(default_factory=dict)  # rank of a tensor -> where its channels are, where a map inside tells
 
     def channel_axis(self, ndim: int) -> int:
@@ -212,7 +213,7 @@ def trace(denoiser: nn.Module, call: Call) -> Trace:
     With numbers it costs a call and the memory of all that it makes on the way. Raises `PipelineError` where neither runs.
     """
     try:
-        return _traced(denoiser if on_meta(denoiser) else meta_copy(denoiser), call.to("meta"))
+        return _traced((denoiser if on_meta(denoiser) else meta_copy(denoiser)).requires_grad_(False), call.to("meta"))
     except (RuntimeError, NotImplementedError, TypeError, ValueError, IndexError) as error:
         if on_meta(denoiser):
             raise PipelineError(f"{type(denoiser).__name__}: its call cannot be traced without weights ({error}).") from error
@@ -264,14 +265,13 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     Each tensor is kept alive until the end, so that its id stays its own; on the meta device that holds no memory.
     """
 
-    supports_higher_order_operators = True  # such as flex attention, which is an operation like others here
-
     def __init__(self, root: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.root = root
         self.traced: dict[str, Traced] = {}
         self.dataflow = Dataflow()
         self.asked: set[str] = set()
+        self._written: dict[int, int] = {}  # memory -> the last operation that changed it in place
         self._keep: list[Any] = []
         self._makers: dict[int, set[str]] = {}  # tensor -> modules whose output it is, through homogeneous operations
         self._added: set[str] = set()
@@ -322,7 +322,10 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
         self._keep.append(output)
-        self._follow(getattr(func, "overloadpacket", func).__name__, args, kwargs or {}, output)
+        for place, argument in enumerate(func._schema.arguments[: len(args)]):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self._written |= {_memory(tensor): len(self.dataflow) for tensor in tensors_in(args[place])}
+        self._follow(func.overloadpacket.__name__, args, kwargs or {}, output)
         return output
 
     def _follow(self, operation: str, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
@@ -349,6 +352,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for name, traced in self.traced.items():
             traced.is_branch = name in self._added - self._used_otherwise
             traced.shortcut = self._find_shortcut(traced)
+            ended = traced.operations.stop
+            traced.is_written = any(self._written.get(_memory(tensor), -1) >= ended for tensor in tensors_in(traced.output))
         self._find_axes()
 
     def _find_axes(self) -> None:
@@ -405,6 +410,11 @@ _CHANNELS_SECOND = (
     nn.modules.batchnorm._BatchNorm,
     nn.modules.instancenorm._InstanceNorm,
 )
+
+
+def _memory(tensor: Tensor) -> int:
+    """Which memory a tensor is a view of."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _axis_of(module: nn.Module) -> int | None:
