@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +37,9 @@ class Specimen:
     name: str
     config: dict[str, Any]
     call: dict[str, Any] | None = None
-    why: str = ""  # why its call cannot be learned
-    notes: list[str] = field(default_factory=list)
+    why: str = ""  # what keeps `ldpruner.example_call` from learning its call; empty where it does
+    fails: str = ""  # part of the error that ends its walk, where one does
+    cause: str = ""  # and why
 
     def build(self, seed: int = 0) -> nn.Module:
         """The denoiser with random weights, the same for every seed; those that begin as zeros, or unset, get numbers too.

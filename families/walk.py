@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -208,7 +207,3 @@ def same(made: list[Tensor], wanted: list[Tensor], what: str) -> None:
     """Assert that tensors are equal bit by bit."""
     assert len(made) == len(wanted), f"{what}: {len(made)} outputs instead of {len(wanted)}"
     assert all(torch.equal(a, b) for a, b in zip(made, wanted, strict=True)), f"{what}: other numbers"
-
-
-if __name__ == "__main__":
-    sys.exit("see families/run.py")

@@ -17,6 +17,7 @@ from ldpruner import Edit, Plan, ldpruner_v1
 from ldpruner.errors import ArtifactError, PipelineError, UnknownNameError
 from ldpruner.operators.tracing import architecture
 from ldpruner.pipelines import Pipeline
+from ldpruner.replacements import REPLACEMENTS
 from saving import (
     CHOSEN,
     DIFFUSERS_FIRST,
@@ -94,7 +95,7 @@ def diffusers_first(saved: dict[str, Saved], tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_plans_hold_every_replacement_and_dead_operators(family: str, saved: dict[str, Saved]) -> None:
     edits = saved[family].pruned.plan.edits
-    assert {edit.replacement for edit in edits} == set(ldpruner_v1.STAND_INS)
+    assert {edit.replacement for edit in edits} == set(REPLACEMENTS)
     assert {edit.reason for edit in edits} == {"chosen", "dead"}
 
 
@@ -263,7 +264,7 @@ def test_a_folder_holds_no_pickle_and_code_only_in_the_portable_form(family: str
     for form in ("portable", "plugin", "dense"):
         folder = saved[family].folder / form
         files = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
-        assert {Path(file).suffix for file in files - {".ldpruner"}} <= {".json", ".safetensors", ".txt", ".py", ".jinja"}
+        assert {Path(file).suffix for file in files - {".ldpruner"}} <= {".json", ".safetensors", ".txt", ".py", ".jinja", ".md"}
         assert {file for file in files if file.endswith(".py")} == ({"unet/ldpruner_v1.py"} if form == "portable" else set())
         record = json.loads((folder / "record.json").read_text(encoding="utf-8"))
         assert (record["form"], record["base"]) == (form, f"tiny-{family}")

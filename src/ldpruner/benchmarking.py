@@ -21,6 +21,7 @@ from ldpruner.record import Measurement
 Switch = Callable[[], Any]
 PROBE = Probe(samples=1, num_inference_steps=20)
 WEIGHTS = (".safetensors", ".bin", ".msgpack", ".ckpt", ".pt", ".pth")
+ENOUGH_S, FEWEST = 60.0, 5  # seconds of readings after which no further round begins, and rounds that there are at least
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,11 +34,16 @@ class Comparison:
 
 
 def alternate(first: Switch, second: Switch, device: torch.device, *, rounds: int, how: str) -> Comparison:
-    """Time `first` and `second` in turn, `rounds` times after a warm-up; which of them goes first changes every round."""
+    """Time `first` and `second` in turn, `rounds` times after a warm-up; which of them goes first changes every round.
+
+    Of runs that take seconds there are fewer rounds, at least `FEWEST`: no more begin once `ENOUGH_S` are spent.
+    """
     for run in (first, second):
         seconds(run, device)
     taken: list[tuple[float, float]] = []
     for index in range(rounds):
+        if index >= FEWEST and sum(map(sum, taken)) > ENOUGH_S:
+            break
         if index % 2:
             later, earlier = seconds(second, device), seconds(first, device)
             taken.append((earlier, later))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.utils import convert_unet_state_dict_to_peft
 from torch import Tensor, nn
 
 FORMAT_VERSION = 1
@@ -128,7 +129,7 @@ class Pointwise(StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         inputs: Tensor = resample(self.pick(self.options["source"], args, kwargs), self.options["grid"])
         axis = channel_axis(inputs.ndim, self.options)
-        if type(self.map) is Map:
+        if getattr(self.map, "any_axis", False):  # no class is asked for: diffusers runs this file anew for each model it loads
             mapped: Tensor = self.map(inputs, axis)
             return mapped
         adapted: Tensor = self.map(inputs.movedim(axis, -1))  # by what was put around it, and knows linear maps only
@@ -138,6 +139,8 @@ class Pointwise(StandIn):
 class Map(nn.Linear):
     """A linear map over any one dimension, by a convolution where that is not the last; what hooks into linear maps works."""
 
+    any_axis = True
+
     def forward(self, input: Tensor, axis: int = -1) -> Tensor:
         if axis in (-1, input.ndim - 1):
             return super().forward(input)
@@ -146,6 +149,17 @@ class Map(nn.Linear):
         kernel = self.weight.view(*self.weight.shape, *(1,) * (input.ndim - 2))
         convolved: Tensor = _CONVOLVE[input.ndim - 3](input, kernel, self.bias)
         return convolved
+
+
+class Narrow(StandIn):
+    """Keeps the first channels of its input, on a resampled grid, and so leaves out what was concatenated behind them.
+
+    Options: `source`, `channels`, how many are kept, and `grid`, see `Pointwise`. It has no weights.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        inputs: Tensor = resample(self.pick(self.options["source"], args, kwargs), self.options["grid"])
+        return inputs.narrow(channel_axis(inputs.ndim, self.options), 0, self.options["channels"])
 
 
 def channel_axis(ndim: int, options: dict[str, Any]) -> int:
@@ -174,7 +188,13 @@ def resample(inputs: Tensor, grid: list[list[int]] | None) -> Tensor:
     return F.interpolate(inputs, sizes, mode="nearest")
 
 
-STAND_INS: dict[str, type[StandIn]] = {"identity": Identity, "zero": Zero, "shortcut": Shortcut, "pointwise": Pointwise}
+STAND_INS: dict[str, type[StandIn]] = {
+    "identity": Identity,
+    "zero": Zero,
+    "shortcut": Shortcut,
+    "pointwise": Pointwise,
+    "narrow": Narrow,
+}
 
 
 class Seat(nn.Module):
@@ -241,9 +261,11 @@ def leave_out_of_lora(model: Any) -> None:
 
 
 def _load_lora_adapter(self: Any, weights: Any, *args: Any, **kwargs: Any) -> Any:
+    """As diffusers has it, for the weights that this model has a place for."""
     if isinstance(weights, dict):
-        prefix = f"{kwargs.get('prefix')}."
-        gone = [key for key in weights if _is_gone(key.removeprefix(prefix), self.config["quantization_config"]["operators"])]
+        lead, lost, kept = f"{kwargs.get('prefix', 'transformer')}.", *_lost_and_kept(self)
+        named = convert_unet_state_dict_to_peft({key.removeprefix(lead): key for key in weights})  # each by its layer's path
+        gone = {key for name, key in named.items() if name.startswith(lost) and not name.startswith(kept)}
         if gone:
             log.warning(
                 "%d of %d tensors of this LoRA are for operators that were removed from this model, first %s: they are left out.",
@@ -253,12 +275,12 @@ def _load_lora_adapter(self: Any, weights: Any, *args: Any, **kwargs: Any) -> An
     return type(self).load_lora_adapter(self, weights, *args, **kwargs)
 
 
-def _is_gone(name: str, operators: dict[str, dict[str, Any]]) -> bool:
-    """Whether a parameter belongs to an operator that was replaced, and is not in what a shortcut keeps of it."""
-    return any(
-        name.startswith(f"{path}.") and not name.startswith(f"{path}.{entry['options'].get('child')}.")
-        for path, entry in operators.items()
-    )
+def _lost_and_kept(model: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """How the names of weights begin that went with operators, and of those among them that stand-ins have of their own."""
+    paths = tuple(model.config["quantization_config"]["operators"])
+    children = ((path, *child) for path in paths for child in model.get_submodule(path).named_children())
+    kept = tuple(f"{path}.{name}." for path, name, part in children if next(part.parameters(), None) is not None)
+    return tuple(f"{path}." for path in paths), kept
 
 
 class Method(str, Enum):

@@ -75,6 +75,22 @@ def pointwise(traced: Traced) -> Options | None:
     return options if pointwise_cost(options, made).macs * made.shape[0] < traced.macs else None
 
 
+def narrow(traced: Traced) -> Options | None:
+    """Keep the first channels of the input: fits where there are enough; what was concatenated behind them is left out.
+
+    Not among what is scored: published prunings are told with it, see `published`.
+    """
+    if not isinstance(traced.output, Tensor) or not traced.arguments or traced.arguments[0][1].ndim != traced.output.ndim:
+        return None
+    source, given = traced.arguments[0]
+    made, axis = traced.output, traced.channel_axis(traced.output.ndim)
+    if given.shape[axis] < made.shape[axis]:
+        return None
+    grid = [_ratio(new, old) for new, old in zip(made.shape[2:], given.shape[2:], strict=True)] if axis == 1 else None
+    kept = grid is None or all(pair == [1, 1] for pair in grid)
+    return {"source": source, "channels": made.shape[axis], "grid": None if kept else grid, **traced.axis_options(made.ndim)}
+
+
 def pointwise_cost(options: Options, output: Tensor) -> Cost:
     """Parameters, and MACs for one sample, of a pointwise stand-in that gives `output`."""
     channels_in, channels_out = options["channels"]

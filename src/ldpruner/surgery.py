@@ -187,10 +187,14 @@ def with_weights(module: nn.Module, weight: Tensor, bias: Tensor) -> nn.Module:
     return changed
 
 
-def pruned_view(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted) -> nn.Module:
-    """A denoiser with the edits made that shares every weight it keeps with `denoiser`, which stays as it is."""
+def pruned_view(denoiser: nn.Module, edits: Sequence[Edit], fitted: Fitted, *, signed: Plan | None = None) -> nn.Module:
+    """A denoiser with the edits made that shares every weight it keeps with `denoiser`, which stays as it is.
+
+    With the plan that the edits are of, its configuration says what was removed, as `prune` has it.
+    """
     with trial(denoiser, edits, fitted=fitted):
-        return shared_copy(denoiser)
+        view = shared_copy(denoiser)
+    return view if signed is None else _signed(view, signed)
 
 
 def _check_apart(edits: Sequence[Edit]) -> None:

@@ -1,29 +1,34 @@
 """A call of a denoiser that no pipeline made: learned from its class, its configuration, and the errors that it raises.
 
-Names of arguments say what they are by convention, among diffusers' models: latents, timesteps, text, masks, grids of positions.
-What names do not tell, such as widths, is found by trying on the meta device. A width that is unknown begins as a prime number
-that nothing else has; when an operation refuses it, the error's text holds that number beside the one that would do. Between
-other guesses, such as whether latents are a grid or a row of tokens, the one counts that brings the call the furthest.
+Names of arguments say what they are, see `conventions`. What names do not tell, such as widths, is found by trying on the meta
+device, best guess first: of all calls tried, the one that ran the most operations is changed next. What its error says comes
+first: a size that stands for an unknown one is in the text, beside the one that would do, and the line of code that failed names
+arguments. Then come all other guesses. What is learned has run once with numbers, unless the denoiser has none.
 """
 
 from __future__ import annotations
 
-import copy
+import heapq
 import inspect
 import itertools
+import linecache
 import logging
+import math
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 from ldpruner.errors import PipelineError
-from ldpruner.operators.tracing import Call, meta_copy
+from ldpruner.operators.conventions import GRIDS, TEXT, UNKNOWN, Facts, Shape, anything, mapped, shapes_in, with_size
+from ldpruner.operators.tracing import Call, meta_copy, on_meta, tensors_in
 from ldpruner.registry import Registry
 
 log = logging.getLogger(__name__)
@@ -31,31 +36,15 @@ log = logging.getLogger(__name__)
 EXAMPLES: Registry[Callable[[nn.Module, int], Call]] = Registry("example call")  # class name -> a call of so many samples
 
 SAMPLES = 2
-TEXT = 7  # tokens of text
-GRID = (2, 4, 6)  # frames, height, width of latents where the configuration names no size, in patches
-UNKNOWN = (1009, 1013, 1019, 1021, 1031, 1033, 1039, 1049, 1051, 1061, 1063, 1069)  # one for each width to be found
-ROUNDS = 60  # of trying, after which a signature counts as one that cannot be learned
-TOGETHER = frozenset({"img_ids", "txt_ids"})  # arguments of which one alone says nothing
+TRIES = 300  # calls, after which a signature counts as one that cannot be learned
+LARGEST = 2_000_000  # numbers in a tensor of a size that is not known yet
+SEVERAL = 4  # guesses at an argument, where many arguments are tried
+LAST = 3  # the stage of changes after which nothing else is left to try
+ALWAYS = ("encoder_hidden_states", "timestep")  # given from the start, even where the class could do without
+_TOO_SMALL = re.compile(r"[Kk]ernel size can't be|divisible by|multiples? of")
+_UNCLEAR = re.compile("Invalid channel dimensions")
+_LOOKS_AT_NUMBERS = re.compile("meta|unsupported scalarType|NotImplementedError")
 Forms = dict[str, Any]  # argument -> a nest of `Shape`s and plain values
-Make = Callable[["Facts", str], list[Any]]  # the guesses at an argument of this name
-
-
-@dataclass(frozen=True)
-class Shape:
-    """A tensor to be made: normal noise, the same number everywhere, numbers below `value`, or a grid's places in order."""
-
-    dims: tuple[int, ...]
-    kind: Literal["noise", "full", "below", "places"] = "noise"
-    value: bool | int | float = 0  # its type is the tensor's
-
-    def made(self, generator: torch.Generator) -> Tensor:
-        if self.kind == "noise":
-            return torch.randn(self.dims, generator=generator)
-        if self.kind == "full":
-            return torch.full(self.dims, self.value)
-        if self.kind == "below":
-            return torch.randint(max(int(self.value), 1), self.dims, generator=generator)
-        return torch.arange(self.dims[-2]).view(-1, 1).expand(self.dims).clone()
 
 
 def example_call(denoiser: nn.Module, *, samples: int = SAMPLES, seed: int = 0) -> Call:
@@ -67,36 +56,39 @@ def example_call(denoiser: nn.Module, *, samples: int = SAMPLES, seed: int = 0) 
     name = type(denoiser).__name__
     if name in EXAMPLES:
         return EXAMPLES[name](denoiser, samples)
-    forms = _Learner(denoiser, samples).learned()
-    generator = torch.Generator().manual_seed(seed)
-    parameter = next(denoiser.parameters())
-
-    def made(leaf: Any) -> Any:
-        if not isinstance(leaf, Shape):
-            return leaf
-        tensor = leaf.made(generator)
-        return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
-
-    return Call((), {name: _mapped(form, made) for name, form in forms.items()})
+    return _call(denoiser, _learned(denoiser, samples), seed=seed)
 
 
-def _mapped(form: Any, change: Callable[[Any], Any]) -> Any:
-    return tree_map(change, form, is_leaf=lambda leaf: isinstance(leaf, Shape))
+def _learned(denoiser: nn.Module, samples: int) -> Forms:
+    """The forms of a call that runs through, on a larger grid where the error speaks of sizes. Raises `PipelineError`."""
+    furthest = _Tried({}, -1)
+    for grid in GRIDS:
+        learner = _Learner(denoiser, Facts.of(denoiser, samples, grid), wants_larger=grid != GRIDS[-1])
+        found = learner.search()
+        if found is not None:
+            return found
+        furthest = max(furthest, learner.furthest, key=lambda tried: tried.operations)
+        if not _TOO_SMALL.search(learner.furthest.text):
+            break
+    raise PipelineError(
+        f"{type(denoiser).__name__}: no call of it could be learned from its class; the best guess, of "
+        f"{', '.join(furthest.forms) or 'no arguments'}, ran {furthest.operations} operations and ended: {furthest.text[:200]}. "
+        'Give the call, or register one: `ldpruner.operators.EXAMPLES.register("ClassName")(make)`.'
+    )
 
 
 @dataclass(frozen=True)
-class _Outcome:
+class _Tried:
     """How a call went: how many operations ran, and what ended it."""
 
+    forms: Forms
     operations: int
-    error: Exception | None = None
-
-    def further_than(self, other: _Outcome) -> bool:
-        return self.error is None or self.operations > other.operations
+    error: str | None = None
+    named: frozenset[str] = frozenset()  # words of the lines of code that failed, and of the error
 
     @property
     def text(self) -> str:
-        return "" if self.error is None else f"{type(self.error).__name__}: {' '.join(str(self.error).split())}"
+        return self.error or ""
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -113,273 +105,222 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _Learner:
-    """Changes a guess at a call, one thing at a time, for as long as that brings the call further."""
+    """A best-first search among calls."""
 
-    def __init__(self, denoiser: nn.Module, samples: int) -> None:
-        self.denoiser = denoiser
-        self.tried_in = meta_copy(denoiser)
-        self.device = "meta"
-        self.name = type(denoiser).__name__
+    def __init__(self, denoiser: nn.Module, facts: Facts, *, wants_larger: bool) -> None:
+        self.denoiser, self.facts, self.wants_larger = denoiser, facts, wants_larger
+        self.runs_in = denoiser if on_meta(denoiser) else meta_copy(denoiser)
         parameters = inspect.signature(denoiser.forward).parameters.items()
-        self.parameters = {name: parameter for name, parameter in parameters if name != "return_dict"}
-        self.facts = Facts.of(denoiser, samples)
+        named = {name: p for name, p in parameters if p.kind not in {p.VAR_KEYWORD, p.VAR_POSITIONAL} and name != "return_dict"}
+        self.required = [name for name, p in named.items() if p.default is p.empty or name in ALWAYS]
+        self.names = list(named)
+        self.optional = {name for name, p in named.items() if p.default is not p.empty}
+        self.seen: set[str] = set()
+        self.furthest = _Tried({}, -1)
 
-    def learned(self) -> Forms:
-        """The forms of a call that runs through. Raises `PipelineError`."""
-        forms = {name: next(iter(self.facts.forms(name)), None) for name in self.parameters if self._is_given(name)}
-        outcome = self._try(forms)
-        if _asks_for_numbers(outcome.error):
-            outcome = self._with_numbers(forms)
-        for _ in range(ROUNDS):
-            if outcome.error is None:
-                return forms
-            better = self._better(forms, outcome)
-            if better is None:
-                break
-            forms, outcome = better
-            if _asks_for_numbers(outcome.error):
-                outcome = self._with_numbers(forms)
-        raise PipelineError(
-            f"{self.name}: no call of it could be learned from its class; the best guess ended with {outcome.text[:200]}. "
-            "Give the call, or register one, see `ldpruner.operators.examples`."
-        )
+    def search(self) -> Forms | None:
+        """The forms of a call that runs through; None where none of so many tries does, and `furthest` tells of the best."""
+        order = itertools.count()
+        first = self._try({name: next(iter(self._forms(name)), None) for name in self.required})
+        queue = [(-first.operations, 0, next(order), first)]
+        while queue and len(self.seen) < TRIES:
+            _, stage, _, tried = heapq.heappop(queue)
+            if tried.error is None:
+                tried = self._settled(tried)
+                if tried.error is None:
+                    return tried.forms
+            if self.wants_larger and _TOO_SMALL.search(tried.text):
+                return None
+            for changed in self._new(tried, stage):
+                same = changed.error == tried.error  # more work for the same end is no progress
+                progress = -tried.operations if same else -changed.operations
+                heapq.heappush(queue, (progress, LAST if same else 0, next(order), changed))
+                if changed.error is None or (changed.operations > tried.operations and not same):
+                    break
+            if stage < LAST:
+                heapq.heappush(queue, (-tried.operations, stage + 1, next(order), tried))
+        return None
 
-    def _is_given(self, name: str) -> bool:
-        parameter = self.parameters[name]
-        plain = parameter.kind not in {parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL}
-        return plain and (parameter.default is parameter.empty or name in {"encoder_hidden_states", "timestep"})
+    def _new(self, tried: _Tried, stage: int) -> Iterator[_Tried]:
+        for forms in self._changes(tried, stage):
+            if repr(forms) not in self.seen and len(self.seen) < TRIES:
+                yield self._try(forms)
 
-    def _with_numbers(self, forms: Forms) -> _Outcome:
-        """Go on with numbers, where the class's own code looks at them."""
-        self.tried_in, self.device = copy.deepcopy(self.denoiser), str(next(self.denoiser.parameters()).device)
+    def _settled(self, tried: _Tried) -> _Tried:
+        """The same without arguments that nothing asks for, sizes that turned out to be free as the text's; run with numbers."""
+        forms = tried.forms
+        for name in [name for name in forms if name not in self.required]:
+            fewer = {other: form for other, form in forms.items() if other != name}
+            forms = fewer if self._try(fewer).error is None else forms
+        for size in _unknown_in(forms):
+            smaller = {name: with_size(form, size, TEXT) for name, form in forms.items()}
+            forms = smaller if self._try(smaller).error is None else forms
+        if not on_meta(self.denoiser):
+            self.runs_in = self.denoiser
         return self._try(forms)
 
-    def _better(self, forms: Forms, outcome: _Outcome) -> tuple[Forms, _Outcome] | None:
-        """The first change by what the error says, or else the furthest of all others, that goes further; None: there is none."""
-        for changed in self._by_error(forms, outcome.text):
-            tried = self._try(changed)
-            if tried.further_than(outcome):
-                return changed, tried
-        best: tuple[Forms, _Outcome] | None = None
-        for changed in self._by_guess(forms, outcome.text):
-            tried = self._try(changed)
-            if tried.error is None:
-                return changed, tried
-            if tried.further_than(best[1] if best else outcome):
-                best = changed, tried
-        return best
+    def _forms(self, name: str) -> list[Any]:
+        return self.facts.forms(name) or (anything(self.facts, name) if name in self.required else [])
 
-    def _by_error(self, forms: Forms, text: str) -> Iterator[Forms]:
-        """Values of unknown widths that the error's own numbers suggest; 1, which any operation spreads, comes last."""
-        numbers = sorted({int(number) for number in re.findall(r"\d+", text)})
-        found = [
-            (value, unknown)
-            for unknown in _unknown_in(forms)
+    def _changes(self, tried: _Tried, stage: int) -> Iterator[Forms]:
+        """What to try next: sizes by the error's numbers; arguments that the error names; other guesses; other arguments."""
+        return (self._by_numbers, self._by_names, self._by_guess, self._by_more)[stage](tried)
+
+    def _by_numbers(self, tried: _Tried) -> Iterator[Forms]:
+        """Unknown sizes with what the error's own numbers suggest."""
+        numbers = sorted({int(number) for number in re.findall(r"\d+", tried.text)})
+        found = {
+            (unknown == TEXT, value, unknown)
+            for unknown in [*_unknown_in(tried.forms), TEXT]
             for seen, wanted in itertools.product(numbers, repeat=2)
             if seen >= unknown and seen != wanted
             for value in _solutions(unknown, seen, wanted)
-            if value not in UNKNOWN
-        ]
-        for value, unknown in sorted(set(found), key=lambda pair: pair[0] == 1):
-            yield _with_width(forms, unknown, value)
+            if value not in UNKNOWN and value > 1
+        }
+        if not found and any(number >= UNKNOWN[0] for number in numbers):  # the sum of two, say
+            found = {(False, value, unknown) for unknown in _unknown_in(tried.forms) for value in self.facts.widths}
+        for *_, value, unknown in sorted(found):
+            yield {name: with_size(form, unknown, value) for name, form in tried.forms.items()}
 
-    def _by_guess(self, forms: Forms, text: str) -> Iterator[Forms]:
-        """Other forms of one argument, arguments that were left out, and what the error calls missing."""
-        for name in self.parameters:
-            yield from ({**forms, name: form} for form in self.facts.forms(name) if name not in forms or forms[name] != form)
-        for key in re.findall(r"['`\"](\w+)['`\"]", text):
-            for name in (name for name in self.parameters if name.endswith("cond_kwargs")):
-                held = forms.get(name) or {}
-                yield from ({**forms, name: {**held, key: form}} for form in self.facts.forms(key) if key not in held)
-        for unknown in _unknown_in(forms):
-            yield from (_with_width(forms, unknown, value) for value in self.facts.widths)
-        for first, second in itertools.combinations(sorted(TOGETHER & (self.parameters.keys() - forms.keys())), 2):
-            for one, other in itertools.product(self.facts.forms(first), self.facts.forms(second)):
-                yield {**forms, first: one, second: other}
-        if {"num_frames", "height", "width"} <= self.parameters.keys():
-            yield {**forms, **{name: self.facts.forms(name)[0] for name in ("num_frames", "height", "width")}}
+    def _by_names(self, tried: _Tried) -> Iterator[Forms]:
+        """Arguments that the error, or the code that failed, names: all that are missing at once, each alone, two together."""
+        named = [name for name in self.names if name in tried.named]
+        missing = {name: forms for name in named if tried.forms.get(name) is None and (forms := self._asked(name))}
+        yield from self._by_keys(tried)
+        yield {**tried.forms, **{name: forms[0] for name, forms in missing.items() if self.facts.forms(name)}}
+        for name in named:
+            yield from ({**tried.forms, name: form} for form in self._asked(name))
+        for first, second in itertools.islice(itertools.combinations(missing, 2), 6):
+            for one, other in itertools.product(missing[first][:4], missing[second][:4]):
+                yield {**tried.forms, first: one, second: other}
 
-    def _try(self, forms: Forms) -> _Outcome:
-        counter, generator = _Counter(), torch.Generator().manual_seed(0)
+    def _asked(self, name: str) -> list[Any]:
+        return [] if name.endswith("kwargs") else self.facts.forms(name) or anything(self.facts, name)[:SEVERAL]
 
-        def made(leaf: Any) -> Any:
-            return leaf.made(generator).to(self.device) if isinstance(leaf, Shape) else leaf
+    def _by_keys(self, tried: _Tried) -> Iterator[Forms]:
+        """Entries of arguments that are dicts, where the error asks for them by name."""
+        for name in (name for name in self.names if re.search("cond.*kwargs|conditioning$", name)):
+            held = tried.forms.get(name)
+            if not isinstance(held, dict):
+                held = {}
+                yield {**tried.forms, name: held}
+            keys = [key for key in re.findall(r"['`\"]([\w-]+)['`\"]", tried.text) if key not in held and key != name]
+            guesses = {key: self.facts.forms(key) or anything(self.facts, key) for key in keys}
+            if guesses:
+                yield {**tried.forms, name: {**held, **{key: forms[0] for key, forms in guesses.items()}}}
+            yield from ({**tried.forms, name: {**held, key: form}} for key, forms in guesses.items() for form in forms)
 
-        kwargs = {name: _mapped(form, made) for name, form in forms.items()}
+    def _by_guess(self, tried: _Tried) -> Iterator[Forms]:
+        """Other forms of arguments that are given, or none, and widths that the configuration names."""
+        for unknown in _unknown_in(tried.forms):
+            for value in self.facts.widths:
+                yield {name: with_size(form, unknown, value) for name, form in tried.forms.items()}
+        for name in tried.forms:
+            yield from ({**tried.forms, name: form} for form in self._forms(name))
+            if name in self.optional:
+                yield {other: form for other, form in tried.forms.items() if other != name}
+
+    def _by_more(self, tried: _Tried) -> Iterator[Forms]:
+        """Arguments that the class can do without."""
+        for name in (name for name in self.names if name not in tried.forms):
+            yield from ({**tried.forms, name: form} for form in self.facts.forms(name)[:SEVERAL])
+
+    def _try(self, forms: Forms) -> _Tried:
+        self.seen.add(repr(forms))
+        tried = self._run(self.runs_in, forms)
+        if tried.error and on_meta(self.runs_in) and not on_meta(self.denoiser):
+            if _UNCLEAR.search(tried.error):  # with numbers, a convolution says which width it wants
+                tried = replace(tried, error=self._run(self.denoiser, forms).error or tried.error)
+            elif _LOOKS_AT_NUMBERS.search(tried.text):
+                log.info("%s is tried with numbers from here on: %s", type(self.denoiser).__name__, tried.error)
+                self.runs_in = self.denoiser
+                tried = self._run(self.runs_in, forms)
+        self.furthest = max(self.furthest, tried, key=lambda tried: tried.operations)
+        return tried
+
+    def _run(self, denoiser: nn.Module, forms: Forms) -> _Tried:
+        """One call, watched; where an operation cannot be watched, it is made again without."""
+        numbers = not on_meta(denoiser)
+        if numbers and any(_is_too_large(shape) for shape in shapes_in(forms)):
+            return _Tried(forms, 0, "a tensor that is too large")
+        call = _call(denoiser, forms, seed=0)
+        counter = _Counter()
         try:
-            with torch.no_grad(), counter:
-                self.tried_in(**kwargs)
+            with torch.no_grad(), _in_silence():
+                try:
+                    with counter:
+                        outputs = tensors_in(call.run(denoiser))
+                except NotImplementedError as error:
+                    if "HigherOrderOperator" not in str(error):
+                        raise
+                    outputs = tensors_in(call.run(denoiser))
         except Exception as error:  # whatever the denoiser's own code raises
-            return _Outcome(counter.count, error)
-        return _Outcome(counter.count)
+            text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            return _Tried(forms, counter.count, text, _words(error.__traceback__) | frozenset(re.findall(r"\w+", text)))
+        if numbers and not all(bool(torch.isfinite(output).all()) for output in outputs):
+            return _Tried(forms, counter.count, "the outputs are not finite")
+        return _Tried(forms, counter.count)
 
 
-def _asks_for_numbers(error: Exception | None) -> bool:
-    """Whether a call on the meta device ended because the class's code looks at numbers, which are not there."""
-    return error is not None and "meta" in str(error) and "tensor" in str(error).lower()
+def _call(denoiser: nn.Module, forms: Forms, *, seed: int) -> Call:
+    generator = torch.Generator().manual_seed(seed)
+    parameter = next(denoiser.parameters(), torch.zeros(()))
+
+    def made(leaf: Any) -> Any:
+        if not isinstance(leaf, Shape):
+            return leaf
+        tensor = _as_meta(leaf) if parameter.is_meta else leaf.made(generator)
+        return tensor.to(parameter.device, parameter.dtype if tensor.is_floating_point() else None)
+
+    return Call((), {name: mapped(form, made) for name, form in forms.items()})
+
+
+def _is_too_large(shape: Shape) -> bool:
+    return bool(set(shape.dims) & set(UNKNOWN)) and math.prod(shape.dims) > LARGEST
+
+
+def _as_meta(shape: Shape) -> torch.Tensor:
+    value = 0.0 if shape.kind == "noise" else 0 if shape.kind != "full" else shape.value
+    return torch.full(shape.dims, value, device="meta")
+
+
+def _words(traceback: TracebackType | None) -> frozenset[str]:
+    """Every word of the lines of code that were being run when an error came up."""
+    found: set[str] = set()
+    while traceback is not None:
+        code, offset = traceback.tb_frame.f_code, traceback.tb_lasti // 2
+        places = list(code.co_positions()) if hasattr(code, "co_positions") else []
+        first, last = places[offset][:2] if places else (None, None)
+        for line in range(first or traceback.tb_lineno, (last or first or traceback.tb_lineno) + 1):
+            found.update(re.findall(r"\w+", linecache.getline(code.co_filename, line)))
+        traceback = traceback.tb_next
+    return frozenset(found)
+
+
+@contextmanager
+def _in_silence() -> Iterator[None]:
+    """What a class warns of matters to who calls it, not to who tries."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _solutions(unknown: int, seen: int, wanted: int) -> Iterator[int]:
-    """Values of a width with which an operation would have met `wanted` where it met `seen`: `k * width` or `width + c`."""
-    if seen % unknown == 0 and wanted % (seen // unknown) == 0 and wanted:
-        yield wanted // (seen // unknown)
-    elif seen % unknown and wanted > seen - unknown:
-        yield wanted - (seen - unknown)
-
-
-def _with_width(forms: Forms, unknown: int, value: int) -> Forms:
-    def changed(leaf: Any) -> Any:
-        return replace(leaf, dims=tuple(value if dim == unknown else dim for dim in leaf.dims)) if isinstance(leaf, Shape) else leaf
-
-    return {name: _mapped(form, changed) for name, form in forms.items()}
+    """Values of a size with which an operation would have met `wanted` where it met `seen`: `k * size` or `k * (size + c)`."""
+    if seen % unknown == 0:
+        times = seen // unknown
+        yield from [wanted // times] if wanted % times == 0 else []
+    elif unknown != TEXT:
+        for times in (1, 4, 8):
+            more = seen // times - unknown
+            if seen % times == wanted % times == 0 and 0 < more < wanted // times:
+                yield wanted // times - more
 
 
 def _unknown_in(forms: Forms) -> list[int]:
-    found: list[int] = []
-
-    def look(leaf: Any) -> Any:
-        found.extend(dim for dim in leaf.dims if dim in UNKNOWN) if isinstance(leaf, Shape) else None
-        return leaf
-
-    for form in forms.values():
-        _mapped(form, look)
-    return sorted(set(found))
-
-
-@dataclass
-class Facts:
-    """What conventions and a configuration say of arguments, by their names."""
-
-    samples: int
-    config: Mapping[str, Any]
-    widths: list[int]  # every whole number of the configuration that can be one
-    frames: int
-    height: int
-    width: int
-    channels: int
-    unknown: dict[str, int] = field(default_factory=dict)  # argument -> its unknown width
-
-    @classmethod
-    def of(cls, denoiser: nn.Module, samples: int) -> Facts:
-        config: Mapping[str, Any] = dict(getattr(denoiser, "config", {}))
-        patch = _pair(config.get("patch_size", 1))
-        size = _pair(config.get("sample_size")) or tuple(n * p for n, p in zip(GRID[1:], patch or (1, 1), strict=True))
-        numbers = {leaf for leaf in tree_leaves(dict(config)) if isinstance(leaf, int) and not isinstance(leaf, bool)}
-        return cls(
-            samples=samples,
-            config=config,
-            widths=sorted(number for number in numbers if number > 0),
-            frames=int(config.get("sample_frames") or GRID[0] * int(config.get("patch_size_t") or 1)),
-            height=size[0],
-            width=size[1],
-            channels=int(config.get("in_channels") or config.get("in_dim") or UNKNOWN[0]),
-        )
-
-    def forms(self, name: str) -> list[Any]:
-        """Guesses at an argument, the likeliest first; empty where its name says nothing."""
-        for pattern, make in _ROLES:
-            if re.search(pattern, name):
-                return make(self, name)
-        return []
-
-    def unknown_of(self, name: str) -> int:
-        if name not in self.unknown:
-            self.unknown[name] = UNKNOWN[1:][len(self.unknown) % (len(UNKNOWN) - 1)]
-        return self.unknown[name]
-
-    def ids_axes(self) -> int:
-        axes = next((value for key, value in self.config.items() if "axes" in key and isinstance(value, list | tuple)), (1, 1, 1))
-        return len(axes)
-
-
-def _pair(value: Any) -> tuple[int, int] | None:
-    if isinstance(value, int):
-        return value, value
-    return (int(value[-2]), int(value[-1])) if isinstance(value, list | tuple) and len(value) >= 2 else None
-
-
-def _latents(facts: Facts, _: str) -> list[Any]:
-    n, c, f, h, w = facts.samples, facts.channels, facts.frames, facts.height, facts.width
-    grids = [Shape((n, c, h, w)), Shape((n, c, f, h, w)), Shape((n, f, c, h, w))]
-    tokens = [Shape((n, h * w, c)), Shape((n, f * h * w, c)), Shape((n, c, h * w))]
-    return [*grids, *tokens, [Shape((c, 1, h, w))] * n, [Shape((c, h, w))] * n]
-
-
-def _text(facts: Facts, name: str) -> list[Any]:
-    n, width = facts.samples, facts.unknown_of(name)
-    return [Shape((n, TEXT, width)), Shape((n, width)), Shape((n, 1, width)), [Shape((TEXT, width))] * n, [Shape((n, TEXT, width))]]
-
-
-def _vector(facts: Facts, name: str) -> list[Any]:
-    n, width = facts.samples, facts.unknown_of(name)
-    return [Shape((n, width)), Shape((n, 1, width)), Shape((n, TEXT, width))]
-
-
-def _moment(facts: Facts, _: str) -> list[Any]:
-    n = facts.samples
-    floats = [Shape(dims, "full", 500.0) for dims in ((n,), (n, 1), ())]
-    return [*floats, Shape((n,), "full", 500), Shape((n,), "full", 0)]
-
-
-def _mask(facts: Facts, name: str) -> list[Any]:
-    n, f, h, w = facts.samples, facts.frames, facts.height, facts.width
-    text = [
-        Shape((n, TEXT), "full", True),
-        Shape((n, TEXT), "full", 1.0),
-        Shape((n, TEXT), "full", 1),
-        Shape((n, 1, TEXT), "full", 1.0),
-    ]
-    grids = [Shape((1, 1, h, w), "full", 1.0), Shape((n, 1, h, w), "full", 1.0)]
-    tokens = [Shape((n, length), "full", True) for length in (h * w, f * h * w, TEXT + h * w)]
-    return [*text, *grids, *tokens] if re.search("encoder|text", name) else [*grids, *tokens, *text]
-
-
-def _places(facts: Facts, name: str) -> list[Any]:
-    axes, n = facts.ids_axes(), facts.samples
-    latents = [facts.height * facts.width, facts.frames * facts.height * facts.width]
-    lengths = [TEXT] if re.search("txt|text", name) else [*latents, *(TEXT + length for length in latents)]
-    return [Shape((*batch, length, axes), "places") for length in lengths for batch in ((), (n,))]
-
-
-def _sizes(width: int) -> Make:
-    return lambda facts, _: [Shape((facts.samples, width)), Shape((facts.samples, width), "full", 8)]
-
-
-def _grid_sizes(facts: Facts, _: str) -> list[Any]:
-    n = facts.samples
-    sizes = [(1, facts.height, facts.width), (facts.frames, facts.height, facts.width), (facts.height, facts.width)]
-    return [form for size in sizes for form in ([size] * n, [[size]] * n)]
-
-
-def _number(of: str) -> Make:
-    return lambda facts, _: [getattr(facts, of)]
-
-
-def _full(value: int) -> Make:
-    return lambda facts, _: [Shape((facts.samples,), "full", value)]
-
-
-def _tokens(facts: Facts, _: str) -> list[Any]:
-    n, h, w = facts.samples, facts.height, facts.width
-    return [Shape(dims, "below", 8) for dims in ((n, TEXT), (n, h * w), (n, h, w))]
-
-
-_ROLES: list[tuple[str, Make]] = [
-    (r"^num_frames$", _number("frames")),
-    (r"^height$", _number("height")),
-    (r"^width$", _number("width")),
-    (r"mask", _mask),
-    (r"^time_ids$", _sizes(6)),
-    (r"added_time_ids", _sizes(3)),
-    (r"^resolution$|_size$|crop_coords", _sizes(2)),
-    (r"aspect_ratio", _sizes(1)),
-    (r"shapes?$|shape_list", _grid_sizes),
-    (r"_lens$", _full(TEXT)),
-    (r"(img|txt|image|text|position)_ids", _places),
-    (r"input_ids|token_id", _tokens),
-    (r"class_labels", _full(3)),
-    (r"time|^t$|^sigma|^fps$|guidance", _moment),
-    (r"pooled|global|image_embed|text_embeds|proj_embedding|class_embeds", _vector),
-    (r"encoder|text|context|cap_feats|embed", _text),
-    (r"hidden_states|^sample$|^x$|latents", _latents),
-]
+    return sorted({dim for shape in shapes_in(forms) for dim in shape.dims if dim in UNKNOWN})

@@ -272,6 +272,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.dataflow = Dataflow()
         self.asked: set[str] = set()
         self._written: dict[int, int] = {}  # memory -> the last operation that changed it in place
+        self._views: dict[int, set[int]] = {}  # memory -> the tensors that are views of it
         self._keep: list[Any] = []
         self._makers: dict[int, set[str]] = {}  # tensor -> modules whose output it is, through homogeneous operations
         self._added: set[str] = set()
@@ -322,16 +323,21 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
         self._keep.append(output)
+        for tensor in tensors_in((args, kwargs, output)):
+            self._views.setdefault(_memory(tensor), set()).add(id(tensor))
+        changed: set[int] = set()  # what is written in place is made anew, and so is every other view of that memory
         for place, argument in enumerate(func._schema.arguments[: len(args)]):
             if argument.alias_info is not None and argument.alias_info.is_write:
-                self._written |= {_memory(tensor): len(self.dataflow) for tensor in tensors_in(args[place])}
-        self._follow(func.overloadpacket.__name__, args, kwargs or {}, output)
+                for memory in map(_memory, tensors_in(args[place])):
+                    self._written[memory] = len(self.dataflow)
+                    changed |= self._views[memory]
+        self._follow(func.overloadpacket.__name__, args, kwargs or {}, output, changed)
         return output
 
-    def _follow(self, operation: str, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+    def _follow(self, operation: str, args: Any, kwargs: Mapping[str, Any], output: Any, changed: set[int]) -> None:
         inputs = tensors_in((args, kwargs))
         read = [] if operation in _SHAPE_ONLY else inputs
-        self.dataflow.add((id(tensor) for tensor in read), (id(tensor) for tensor in tensors_in(output)))
+        self.dataflow.add((id(tensor) for tensor in read), changed | {id(tensor) for tensor in tensors_in(output)})
         makers = set().union(*(self._makers.get(id(tensor), set()) for tensor in inputs))
         if operation in _ADDITIONS:
             self._added |= makers

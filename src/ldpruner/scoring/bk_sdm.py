@@ -12,6 +12,7 @@ from ldpruner.plans import Score
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.shared import scored
 
+SIZES = ("base", "small", "tiny")
 PREFERENCE = ("identity", "shortcut", "zero")  # the cheapest first; anything else after them
 
 
@@ -43,13 +44,32 @@ def scheme(denoiser: nn.Module) -> list[str]:
     """What BK-SDM removes, in our order. Raises `OperatorError` where there are no stages."""
     modules = dict(denoiser.named_modules())
     stages = list(_stages(denoiser))
+    names = _inner_pairs(stages, modules)
+    for block in ("mid_block", *stages[-1]):
+        names += [block, *_pairs(block, range(_layers(block, modules)))]
+    return [name for name in dict.fromkeys(names) if name in modules]
+
+
+def removed(denoiser: nn.Module, size: str) -> list[str]:
+    """What the published model of that size lacks, paths that do not lie in each other. Raises `OperatorError` as `scheme`."""
+    modules = dict(denoiser.named_modules())
+    stages = list(_stages(denoiser))
+    if size != "tiny":
+        names = [*_inner_pairs(stages, modules), *(["mid_block"] if size == "small" else [])]
+    else:
+        inner, (before, _) = stages[-1], stages[-2]
+        whole = [name for block in inner for name in _pairs(block, range(_layers(block, modules)))]
+        samplers = [f"{before}.downsamplers.0", f"{inner[1]}.upsamplers.0"]
+        names = [*_inner_pairs(stages[:-1], modules), "mid_block", *whole, *samplers]
+    return [name for name in names if name in modules]
+
+
+def _inner_pairs(stages: Sequence[tuple[str, str]], modules: dict[str, nn.Module]) -> list[str]:
     names: list[str] = []
     for down, up in stages:
         names += _pairs(down, range(1, _layers(down, modules)))
         names += _pairs(up, range(1, _layers(up, modules) - 1))
-    for block in ("mid_block", *stages[-1]):
-        names += [block, *_pairs(block, range(_layers(block, modules)))]
-    return [name for name in dict.fromkeys(names) if name in modules]
+    return names
 
 
 def _stages(denoiser: nn.Module) -> Iterator[tuple[str, str]]:
