@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ldpruner.artifacts import save, save_distilled
     from ldpruner.benchmarking import benchmark, compare_calls
     from ldpruner.evaluation import Evaluation, FeatureNet, evaluate
-    from ldpruner.operators import discover
+    from ldpruner.operators import discover, example_call
     from ldpruner.pipelines import Pipeline, load
     from ldpruner.planning import plan
     from ldpruner.recovery import Distillation, distil
@@ -46,6 +46,7 @@ _LAZY = {
     "discover": "operators",
     "distil": "recovery",
     "evaluate": "evaluation",
+    "example_call": "operators",
     "load": "pipelines",
     "plan": "planning",
     "prune": "workflow",
@@ -74,6 +75,7 @@ __all__ = [
     "discover",
     "distil",
     "evaluate",
+    "example_call",
     "load",
     "plan",
     "prune",

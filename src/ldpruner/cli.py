@@ -15,8 +15,10 @@ from typing import Any, NoReturn
 
 import click
 
+from ldpruner.commands_recipe import run
 from ldpruner.commands_recovery import distil
 from ldpruner.commands_scores import inspect, plan, score
+from ldpruner.commands_sharing import card, push
 from ldpruner.errors import BudgetError, LDPrunerError
 from ldpruner.options import (
     FOLDER,
@@ -41,14 +43,15 @@ from ldpruner.printing import print_json, progress, watch
 @click.group(context_settings=STYLE)
 @click.version_option(package_name="ldpruner")
 def app() -> None:
-    """Make latent diffusion models smaller and faster. MODEL is a diffusers folder, a hub id, or zoo:NAME."""
+    """Make latent diffusion models smaller and faster. MODEL is a diffusers folder, a hub id, a checkpoint in one
+    .safetensors file, or zoo:NAME."""
 
 
 @app.command()
 @model
 @click.option("--out", type=FOLDER, required=True, help="Where to write the pruned pipeline.")
 @choosing
-@click.option("--plan", "plan_file", type=FOLDER, help="Prune by this plan instead of scoring and planning.")
+@click.option("--plan", "plan_file", metavar="PLAN", help="Prune by this plan, a file, folder or hub id, instead of scoring.")
 @click.option("--run", type=FOLDER, help="Keep scores in this folder, and reuse them from there.")
 @click.option("--form", default="portable", show_default=True, help="How to save: portable, plugin or dense.")
 @probing
@@ -59,7 +62,7 @@ def prune(
     model: str,
     out: Path,
     budgets: tuple[str, ...],
-    plan_file: Path | None,
+    plan_file: str | None,
     run: Path | None,
     form: str,
     method: str | None,
@@ -78,7 +81,7 @@ def prune(
         raise BudgetError("give either --budget, such as --budget latency=65%, or --plan FILE.")
     if plan_file:
         refuse_settled(click.get_current_context())
-    given = Plan.load(plan_file) if plan_file else None
+    given = Plan.from_pretrained(plan_file) if plan_file else None
     budget = budget_of(budgets) if budgets else None
     check_writable(out)
     pruned = workflow.prune(
@@ -140,6 +143,7 @@ def sample(model: str, out: Path, batch_size: int, as_json: bool, **settings: An
 )
 @click.option("--metrics", help="Only these, with commas, such as fid,kid,latent-shift; all that the rest allows by default.")
 @click.option("--features", multiple=True, help="Who looks: judge, judge=zoo:NAME, inception=FILE, clip=FOLDER, clap=FOLDER.")
+@click.option("--resize", type=click.IntRange(1), help="Show feature nets pictures, real ones too, of this width and height.")
 @click.option("-n", "--samples", default=500, show_default=True, type=click.IntRange(1), help="How many samples of each model.")
 @generating
 @click.option("--batch-size", default=50, show_default=True, type=click.IntRange(1), help="Samples in one denoiser call.")
@@ -152,6 +156,7 @@ def evaluate(
     reference: str | None,
     metrics: str | None,
     features: tuple[str, ...],
+    resize: int | None,
     batch_size: int,
     cache: Path | None,
     as_json: bool,
@@ -168,6 +173,7 @@ def evaluate(
         metrics=names_of(metrics, "--metrics"),
         features=features or None,
         reference=reference,
+        resize=resize,
         batch_size=batch_size,
         cache=cache,
         watch=watch,
@@ -206,7 +212,7 @@ def benchmark(model: str, against: str | None, rounds: int, operators: int, as_j
         print(line)
 
 
-for command in (inspect, score, plan, distil):
+for command in (inspect, score, plan, distil, card, push, run):
     app.add_command(command)
 
 
@@ -257,4 +263,5 @@ def _quieten() -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # it logs, and then raises, what we tell
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of every try to reach the Hub, of which there are six
     warnings.filterwarnings("ignore")

@@ -32,6 +32,26 @@ def signed(pictures: Tensor) -> Tensor:
     return pictures.float() / 127.5 - 1
 
 
+def fitted(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The middle of a picture, of the shape of `(h, w)`, resized by Lanczos; the picture itself where it has that size."""
+    return image if image.size == size[::-1] else ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
+
+
+def resized(pictures: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 pictures `(n, c, h, w)` at another height and width, each as `fitted` makes it."""
+    if tuple(pictures.shape[2:]) == size:
+        return pictures
+    arrays = pictures.permute(0, 2, 3, 1).numpy()
+    images = [Image.fromarray(array[..., 0] if array.shape[2] == 1 else array) for array in arrays]
+    return torch.stack([_as_tensor(fitted(image, size)) for image in images])
+
+
+def _as_tensor(image: Image.Image) -> Tensor:
+    """A grey or coloured picture as uint8 `(c, h, w)`."""
+    array = np.asarray(image)
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1).copy()).permute(2, 0, 1)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Folder:
     """The files below a folder, or in a zip of one."""
@@ -79,10 +99,7 @@ class Folder:
             image = Image.open(io.BytesIO(self._bytes(name))).convert("L" if channels == 1 else "RGB")
         except (OSError, ValueError) as error:
             raise DataError(f"{self.path}: {name} is no picture that can be read ({error}).") from error
-        if image.size != size[::-1]:
-            image = ImageOps.fit(image, size[::-1], Image.Resampling.LANCZOS)
-        array = np.asarray(image)
-        return torch.from_numpy(array.reshape(*array.shape[:2], channels).copy()).permute(2, 0, 1)
+        return _as_tensor(fitted(image, size))
 
     def wave(self, name: str, sample_rate: int) -> Wave:
         """One recording at a sample rate in Hz. Raises `DataError`."""

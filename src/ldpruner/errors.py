@@ -36,8 +36,16 @@ class ArtifactError(LDPrunerError, OSError):
     """A file or folder that cannot be written, or a form that cannot hold a plan."""
 
 
+class HubError(LDPrunerError, OSError):
+    """The Hub does not have, does not take or does not answer what was asked."""
+
+
 class DataError(LDPrunerError, ValueError):
     """Training or reference data that is missing or unreadable."""
+
+
+class RecipeError(LDPrunerError, ValueError):
+    """A recipe that cannot be read, or that says what no recipe can."""
 
 
 class UnknownNameError(LDPrunerError, LookupError):

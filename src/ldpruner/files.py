@@ -108,7 +108,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as indented JSON, whole or not at all."""
-    write_text(path, json.dumps(data, indent=2, allow_nan=False) + "\n")
+    write_text(path, as_json(data))
+
+
+def as_json(data: Any) -> str:
+    """`data` as the text of a JSON file."""
+    return json.dumps(data, indent=2, allow_nan=False) + "\n"
 
 
 def append_json_line(path: Path, data: Any) -> None:
@@ -145,16 +150,30 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_prompts(path: Path) -> tuple[str, ...]:
-    """The prompts in a text file, one a line, or the `text` of every entry of a `.jsonl` file. Raises `DataError`."""
+    """The prompts in a text file, one a line, or the `text` of every entry of a `.jsonl` file. Raises `DataError`.
+
+    Of a `.json` file in the form of COCO's captions, one caption of every picture.
+    """
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        prompts = [str(json.loads(line)["text"]) for line in lines] if path.suffix == ".jsonl" else [line.strip() for line in lines]
+        text = path.read_text(encoding="utf-8")
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        prompts = [str(json.loads(line)["text"]) for line in lines] if path.suffix == ".jsonl" else lines
+        if path.suffix == ".json":
+            prompts = _first_captions(json.loads(text)["annotations"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         reason = error.strerror if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise DataError(f"{path}: no prompts can be read ({reason}).") from error
     if not prompts:
         raise DataError(f"{path}: holds no prompts. Write one a line.")
     return tuple(prompts)
+
+
+def _first_captions(annotations: list[dict[str, Any]]) -> list[str]:
+    """The caption with the lowest number of every picture, in the order of the pictures' numbers; spaces are made even."""
+    first: dict[int, str] = {}
+    for entry in sorted(annotations, key=lambda entry: (int(entry["image_id"]), int(entry["id"]))):
+        first.setdefault(int(entry["image_id"]), " ".join(str(entry["caption"]).split()))
+    return list(first.values())
 
 
 def first_damaged(folder: Path) -> Path | None:

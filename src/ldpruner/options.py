@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ldpruner.errors import BudgetError, DataError, UnknownNameError
+from ldpruner.errors import BudgetError, DataError, PipelineError, UnknownNameError
 from ldpruner.probes import Probe
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ loading = stacked(
     click.option("--device", help="Where to run, such as cpu or cuda:0; a GPU is used where there is one."),
     click.option("--revision", help="Branch, tag or commit of a hub model."),
     click.option("--variant", help="Weights variant, such as fp16."),
+    click.option("--component", help="The part to prune, where several denoise, such as transformer_2."),
+    click.option("--config", metavar="DIR_OR_ID", help="For a checkpoint in one file: a pipeline whose configuration it has."),
     click.option("--trust-remote-code", is_flag=True, help="Run code that a model brings along; pruned models need none of it."),
 )
 prompting = stacked(
@@ -48,6 +51,7 @@ prompting = stacked(
         "--prompts-file", type=FOLDER, help="Prompts from a file, one a line, or the texts of a metadata.jsonl; a list ships."
     ),
     click.option("--guidance-scale", type=float, help="The pipeline's own by default."),
+    click.option("--call", "call", multiple=True, metavar="NAME=VALUE", help="More for the pipeline's call, such as height=512."),
 )
 generating = stacked(
     click.option("--num-inference-steps", "--steps", default=20, show_default=True, help="Denoising steps of a generation."),
@@ -88,20 +92,36 @@ choosing = stacked(
 )
 
 
-def pipeline_of(model: str, settings: Settings) -> Pipeline:
-    """Load MODEL as `loading`'s options say, with the bars of downloads alone."""
-    import torch
+def draw_downloads_alone() -> None:
+    """Of what other libraries draw while a pipeline is loaded, keep the bars of downloads."""
     from diffusers.utils import logging as diffusers_logging
     from huggingface_hub.utils import enable_progress_bars  # type: ignore[attr-defined]
     from transformers.utils import logging as transformers_logging
 
-    from ldpruner.pipelines import load
-
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     enable_progress_bars()  # transformers' switch turned off those of downloads too
-    names = ("device", "revision", "variant", "trust_remote_code")
-    return load(model, dtype=getattr(torch, settings["dtype"]), **{name: settings[name] for name in names})
+
+
+def pipeline_of(model: str, settings: Settings) -> Pipeline:
+    """Load MODEL as `loading`'s options say, with the bars of downloads alone."""
+    import torch
+
+    from ldpruner.pipelines import load
+
+    draw_downloads_alone()
+    names = ("device", "revision", "variant", "trust_remote_code", "component")
+    given = {name: settings[name] for name in names} | {"config": _config_for(model, settings["config"])}
+    return load(model, dtype=getattr(torch, settings["dtype"]), **given)
+
+
+def _config_for(model: str, config: str | None) -> str | None:
+    """What --config says, for the models that it is about; raises `PipelineError` where the command has none."""
+    given = click.get_current_context().params.values()
+    files = [value for value in given if isinstance(value, str) and value.endswith(".safetensors")]
+    if config is not None and not files:
+        raise PipelineError("--config goes with a checkpoint in one .safetensors file. Leave it out.")
+    return config if model in files else None
 
 
 def probe_of(settings: Settings) -> Probe:
@@ -113,7 +133,21 @@ def probe_of(settings: Settings) -> Probe:
     if file and settings["prompts"]:
         raise DataError("give --prompt or --prompts-file, not both.")
     prompts = read_prompts(file) if file else settings["prompts"]
-    return Probe(prompts=prompts, **{name: settings[name] for name in names})
+    return Probe(prompts=prompts, call=call_of(settings["call"]), **{name: settings[name] for name in names})
+
+
+def call_of(given: tuple[str, ...]) -> dict[str, Any]:
+    """`NAME=VALUE` entries by name, values read as JSON where they are some; raises `DataError` where one does not read so."""
+    call: dict[str, Any] = {}
+    for entry in given:
+        name, equals, value = entry.partition("=")
+        if not equals or not name.strip():
+            raise DataError(f"--call {entry!r}: say NAME=VALUE, such as height=512.")
+        try:
+            call[name.strip().replace("-", "_")] = json.loads(value)
+        except ValueError:
+            call[name.strip().replace("-", "_")] = value
+    return call
 
 
 def choices_of(settings: Settings) -> dict[str, Any]:
@@ -142,7 +176,7 @@ def budget_of(given: tuple[str, ...]) -> dict[str, str | float]:
 
 SETTLED_BY_A_PLAN = {
     "run", "samples", "num_inference_steps", "seed", "prompts", "prompts_file", "guidance_scale", "method", "selection",
-    "replacements", "protect_ends", "stage_cap", "apart", "repair",
+    "replacements", "protect_ends", "stage_cap", "apart", "repair", "call",
 }  # fmt: skip
 
 

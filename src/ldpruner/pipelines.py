@@ -22,6 +22,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ldpruner import sharing, single_files
+from ldpruner.calling import Calling, denoisers_in
 from ldpruner.errors import LDPrunerError, PipelineError, suggest
 from ldpruner.files import first_damaged, read_prompts
 from ldpruner.operators.tracing import Call
@@ -35,7 +37,6 @@ FORMAT_MODULE = "ldpruner_v1"
 _ZOO = Path(__file__).parent / "zoo"
 # diffusers renamed the argument in 0.40 and warns about the old name since.
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
-_DENOISERS = ("unet", "transformer")
 
 
 PROMPTS = "prompts.txt"  # one prompt a line: beside a pipeline's model_index.json, or ours
@@ -64,7 +65,7 @@ class Pipeline:
         self.pipe = pipe
         self.source = source
         self.folder = folder
-        self.component = component or _denoiser_name(pipe, source)
+        self.component = _denoiser_name(pipe, source, component)
         pipe.set_progress_bar_config(disable=True)
 
     def __repr__(self) -> str:
@@ -78,9 +79,15 @@ class Pipeline:
 
     @property
     def task(self) -> str:
-        """What it takes and gives: `text-to-image`, `unconditional image`, `text-to-audio` or `unconditional audio`."""
-        outcome = "audio" if self.mel is not None or "vocoder" in self.pipe.components else "image"
-        return f"text-to-{outcome}" if "prompt" in self._accepted() else f"unconditional {outcome}"
+        """What it takes and gives, such as `text-to-image`, `image-to-video`, `class-conditional image`, `unconditional audio`."""
+        calling = self._calling
+        audio = self.mel is not None or "vocoder" in self.pipe.components or calling.takes("audio_end_in_s")
+        outcome = "audio" if audio else "video" if calling.takes("num_frames") else "image"
+        if calling.takes("prompt"):
+            return f"text-to-{outcome}"
+        if calling.wants_pictures:
+            return f"image-to-{outcome}"
+        return f"class-conditional {outcome}" if calling.takes("class_labels") else f"unconditional {outcome}"
 
     @property
     def mel(self) -> Any | None:
@@ -93,10 +100,10 @@ class Pipeline:
         Prompts come from `prompts.txt` in the pipeline's folder, or from a list that ships: one for each sample, in turn. The
         guidance scale comes from `generation.json` in the folder; without it, the pipeline's class has its own.
         """
-        accepted, changes = self._accepted(), dict[str, Any]()
-        if not probe.prompts and "prompt" in accepted:
+        calling, changes = self._calling, dict[str, Any]()
+        if not probe.prompts and calling.takes("prompt"):
             changes["prompts"] = self._own_prompts()[: probe.samples]
-        if probe.guidance_scale is None and "guidance_scale" in accepted and USUAL in self.own_files():
+        if probe.guidance_scale is None and calling.takes("guidance_scale") and USUAL in self.own_files():
             changes["guidance_scale"] = read_usual(self.own_files()[USUAL])
         return replace(probe, **changes)
 
@@ -119,8 +126,13 @@ class Pipeline:
         folder = Path(locate(self.source)) if self.source.startswith("zoo:") else self.folder
         return {name: folder / name for name in (PROMPTS, USUAL) if folder and (folder / name).is_file()}
 
-    def _accepted(self) -> set[str]:
-        return set(inspect.signature(self.pipe.__call__).parameters)
+    def takes(self, argument: str) -> bool:
+        """Whether the pipeline's call has an argument of that name."""
+        return self._calling.takes(argument)
+
+    @property
+    def _calling(self) -> Calling:
+        return Calling(pipe=self.pipe, denoiser=self.denoiser, source=self.source)
 
     @contextmanager
     def with_denoiser(self, denoiser: nn.Module) -> Iterator[Pipeline]:
@@ -152,7 +164,7 @@ class Pipeline:
         with self._without_decoder():
             self._generate(probe, rows, last)
         self._check_seen(last)
-        return last[0]
+        return last[0][: len(rows)]  # some pipelines step both halves of guidance, which are alike
 
     def _check_seen(self, last: list[Tensor]) -> None:
         if not last:
@@ -211,24 +223,17 @@ class Pipeline:
             self._generate(probe, range(samples))
         finally:
             handle.remove()
+        if not seen:
+            steps = probe.num_inference_steps
+            raise PipelineError(
+                f"{self.source}: {self.component} is not called in {steps} steps. Ask for more, or name another part."
+            )
         return seen[0]
 
     def _generate(self, probe: Probe, rows: Sequence[int], last: list[Tensor] | None = None) -> Any:
         """One call of the pipeline, its latest sample kept in `last`; None where it was stopped on the way."""
         probe = self.completed(probe)
-        generators = [torch.Generator("cpu").manual_seed(probe.seed + row) for row in rows]
-        accepted = self._accepted()
-        steps = "num_inference_steps" if "num_inference_steps" in accepted else "steps"
-        arguments: dict[str, Any] = {"generator": generators, steps: probe.num_inference_steps}
-        for name, asked in (("prompt", bool(probe.prompts)), ("guidance_scale", probe.guidance_scale is not None)):
-            if asked and name not in accepted:
-                raise PipelineError(f"{self.source}: {type(self.pipe).__name__} takes no {name}. Leave it out.")
-        if "prompt" in accepted:
-            arguments["prompt"] = [probe.prompts[row % len(probe.prompts)] for row in rows]
-        elif "batch_size" in accepted:
-            arguments["batch_size"] = len(rows)
-        if probe.guidance_scale is not None:
-            arguments["guidance_scale"] = probe.guidance_scale
+        arguments = self._calling.arguments(probe, rows)
         try:
             with solving_by(self.pipe, probe.solver), watching(self.pipe.scheduler, last):
                 return self.pipe(**arguments)
@@ -304,27 +309,60 @@ def load(
     variant: str | None = None,
     trust_remote_code: bool = False,
     component: str | None = None,
+    config: str | os.PathLike[str] | None = None,
 ) -> Pipeline:
-    """Load a hub id, a folder or `zoo:NAME`. Pruned folders load without trusting any code of theirs.
+    """Load a hub id, a folder, `zoo:NAME` or a checkpoint in one `.safetensors` file. Pruned folders load without trusting any
+    code of theirs.
 
-    Raises `PipelineError` where there is no pipeline, a file is damaged, weights are missing or not finite.
+    `config` is the folder or hub id of a pipeline of the same shape as a checkpoint of one file; by default one of the Hub that
+    its tensors tell. Raises `PipelineError` where there is no pipeline, a file is damaged, weights are missing or not finite.
     """
     path = locate(model)
     options = {"revision": revision, "variant": variant, _DTYPE: dtype}
+    one_file = single_files.is_one(Path(path))
+    single_files.check_options(os.fspath(model), one_file, config, variant)
     try:
-        index = DiffusionPipeline.load_config(path, revision=revision)
-        ours = {
-            name: getattr(diffusers, entry[1]).from_pretrained(path, subfolder=name, **options)
-            for name, entry in index.items()
-            if isinstance(entry, list) and entry[0] == FORMAT_MODULE
-        }
-        pipe = DiffusionPipeline.from_pretrained(path, trust_remote_code=trust_remote_code, **options, **ours)
+        pipe = _of_one_file(path, config, options) if one_file else _of_folder(path, trust_remote_code, options)
+    except PipelineError:
+        raise
     except Exception as error:
         raise PipelineError(_explain(str(model), path, error)) from error
-    pipeline = Pipeline(pipe, source=str(model), component=component, folder=Path(path) if Path(path).is_dir() else None)
+    pipeline = Pipeline(pipe, source=str(model), component=component, folder=sharing.folder_of(path, revision))
     _check_weights(pipeline)
     _move(pipeline, device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return pipeline
+
+
+def _of_folder(path: str, trust_remote_code: bool, options: dict[str, Any]) -> DiffusionPipeline:
+    return _Ours.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
+
+
+class _Ours(DiffusionPipeline):  # type: ignore[misc]
+    """Reads the portable form as the plugin form: what loads a pruned part is here already, and no code of a folder runs.
+
+    Parts that were loaded before could be handed over as well, but diffusers loads those again that a pipeline can do without.
+    """
+
+    @classmethod
+    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Loading and downloading both read `model_index.json` by this; diffusers 0.36 downloads no portable one without trust."""
+        config: dict[str, Any] = super()._dict_from_json_file(*args, **kwargs)
+        return {name: ["diffusers", entry[1]] if _is_portable(entry) else entry for name, entry in config.items()}
+
+
+# By these two diffusers tells that the class is to be read from the folder, and where classes are.
+_Ours.__name__, _Ours.__module__ = DiffusionPipeline.__name__, DiffusionPipeline.__module__
+
+
+def _is_portable(entry: Any) -> bool:
+    return isinstance(entry, list) and entry[:1] == [FORMAT_MODULE]
+
+
+def _of_one_file(path: str, config: str | os.PathLike[str] | None, options: dict[str, Any]) -> DiffusionPipeline:
+    place = single_files.config_for(path, config)
+    with single_files.told(path, place):
+        kind = getattr(diffusers, sharing.index_of(place, options["revision"])["_class_name"])
+        return kind.from_single_file(path, config=place, **{_DTYPE: options[_DTYPE]})
 
 
 def _move(pipeline: Pipeline, device: str) -> None:
@@ -341,6 +379,8 @@ def locate(model: str | os.PathLike[str]) -> str:
         return str(_shipped(name.removeprefix("zoo:")))
     path = Path(name).expanduser()
     if (path / "model_index.json").is_file():
+        return str(path)
+    if single_files.is_one(path):
         return str(path)
     if path.exists():
         raise PipelineError(f"{name}: is no diffusers pipeline (no model_index.json in it).")
@@ -361,6 +401,9 @@ def _explain(model: str, path: str, error: Exception) -> str:
     damaged = first_damaged(Path(path))
     if damaged is not None:
         return f"{model}: {damaged.relative_to(path)} is truncated or damaged. Copy or download it again."
+    reason = sharing.trouble(error)
+    if reason is not None:
+        return f"{model}: cannot be loaded ({reason.rstrip('.')})."
     return f"{model}: cannot be loaded ({type(error).__name__}: {_one_line(error)})."
 
 
@@ -379,9 +422,14 @@ def _check_weights(pipeline: Pipeline) -> None:
                 )
 
 
-def _denoiser_name(pipe: DiffusionPipeline, source: str) -> str:
-    for name in _DENOISERS:
-        if isinstance(getattr(pipe, name, None), nn.Module):
-            return name
+def _denoiser_name(pipe: DiffusionPipeline, source: str, asked: str | None) -> str:
+    """The part that is asked for, else the first that denoises; which others do is told. Raises `PipelineError`."""
     modules = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
-    raise PipelineError(f"{source}: which part is the denoiser? {suggest('unet', modules)}")
+    if asked is not None and asked not in modules:
+        raise PipelineError(f"{source}: has no part {asked!r} to prune: {suggest(asked, modules)}")
+    found = [asked] if asked else denoisers_in(pipe)
+    if not found:
+        raise PipelineError(f"{source}: which part is the denoiser? {suggest('unet', modules)}")
+    if len(found) > 1:
+        log.info("%s: %s is taken, as no component was named; %s denoise too", source, found[0], ", ".join(found[1:]))
+    return found[0]

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ldpruner import sharing
 from ldpruner.errors import BudgetError, OperatorError, PlanError, suggest
-from ldpruner.files import write_json
+from ldpruner.files import as_json, write_json, write_text
+from ldpruner.markdown import merged, plan_card
 from ldpruner.probes import Probe
 
 SCHEMA = 1
+PLAN = "pruning_plan.json"  # in a folder, or a repository of the Hub
 Quantity = Literal["latency", "macs", "params"]
 Repairing = Literal["none", "closed-form"]
 QUANTITIES: tuple[Quantity, ...] = ("latency", "macs", "params")
@@ -258,6 +262,58 @@ class Plan:
             selection=data["selection"],
             repair=data.get("repair", "none"),
         )
+
+    def save_pretrained(self, folder: str | os.PathLike[str], *, base_model: str | None = None) -> None:
+        """Write the plan to a folder, beside a card that says what it fits and removes; a card that is not ours stays."""
+        place = Path(folder)
+        self.save(place / PLAN)
+        there = (place / sharing.CARD).read_text(encoding="utf-8") if (place / sharing.CARD).is_file() else None
+        card = merged(self._card(place.name, base_model), there)
+        if card is not None:
+            write_text(place / sharing.CARD, card)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        base_model: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a plan of ldpruner",
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Put the plan and its card into a repository of the Hub, made where it is missing; the commit's address.
+
+        `base_model` is the hub id of what it was made for, for the card to name. A card that is there and is not a plan's
+        stays. Raises `HubError`.
+        """
+        files = {PLAN: as_json(self.to_json()), sharing.CARD: self._card(repo_id, base_model)}
+        return sharing.push(
+            files,
+            repo_id,
+            private=private,
+            token=token,
+            commit_message=commit_message,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+    def _card(self, name: str, base_model: str | None) -> str:
+        predicted = [f"{quantity}={share * 100:.4g}%" for quantity, share in self.predicted.items()]
+        return plan_card(name, self.to_json(), base_model=base_model, budgets=list(map(str, self.budgets)), predicted=predicted)
+
+    @classmethod
+    def from_pretrained(cls, source: str | os.PathLike[str], *, revision: str | None = None, token: str | None = None) -> Plan:
+        """Read a plan from a file, from a folder, or from a repository of the Hub such as `org/name`.
+
+        Raises `PlanError` where there is none in it, `HubError` where the Hub has or gives none.
+        """
+        name = os.fspath(source)
+        path = Path(name).expanduser()
+        if sharing.is_hub_id(name):
+            path = sharing.fetch(name, PLAN, revision=revision, token=token)
+        return cls.load(path / PLAN if (path / PLAN).is_file() else path)
 
     @classmethod
     def load(cls, path: Path) -> Plan:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import logging
 import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import nn
 
-from ldpruner import artifacts, surgery
+from ldpruner import artifacts, cards, sharing, surgery
 from ldpruner.benchmarking import Comparison, compare_calls
 from ldpruner.environment import environment
 from ldpruner.errors import PlanError
@@ -37,7 +40,7 @@ class Pruned:
     """A pruned denoiser beside the pipeline that it came from, with what was removed and what that did."""
 
     pipeline: Pipeline  # the original, untouched
-    denoiser: nn.Module
+    view: nn.Module  # the pruned denoiser, holding the very weights of the original that it keeps: no second copy of a large model
     plan: Plan
     fitted: surgery.Fitted
     latency: Comparison  # one denoiser call, original first
@@ -45,6 +48,11 @@ class Pruned:
     macs: tuple[int, int]  # of one denoiser call for one sample
     latent_shift: float  # of all edits together, by the paper's formula on the plan's probe
     latent_shift_before_repair: float | None = None
+
+    @functools.cached_property
+    def denoiser(self) -> nn.Module:
+        """The pruned denoiser with weights of its own, to be moved, cast and trained; made when it is first asked for."""
+        return copy.deepcopy(self.view)
 
     @property
     def pipe(self) -> DiffusionPipeline:
@@ -71,12 +79,43 @@ class Pruned:
             "params": {"original": self.params[0], "pruned": self.params[1]},
             "macs": {"original": self.macs[0], "pruned": self.macs[1]},
             "probe": self.plan.probe.to_json() if self.plan.probe else None,
-            "environment": environment(self.denoiser),
+            "environment": environment(self.view),
         }
 
     def save_pretrained(self, out: str | os.PathLike[str], *, form: str = "portable") -> None:
         """Write a folder that plain diffusers loads; `form` is portable, plugin or dense."""
-        artifacts.save(self.pipeline, self.denoiser, self.plan, Path(out), form=form, record=self.record(), fitted=self.fitted)
+        artifacts.save(self.pipeline, self.view, self.plan, Path(out), form=form, record=self.record(), fitted=self.fitted)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        form: str = "portable",
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload a pipeline pruned by ldpruner",
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Put the pipeline into a repository of the Hub, made where it is missing; the address of the commit.
+
+        Plain diffusers loads it from there as from a folder. Raises `HubError`.
+        """
+        artifacts.check_form(form)
+        sharing.check_id(repo_id)
+        with tempfile.TemporaryDirectory(prefix="ldpruner-") as scratch:
+            folder = Path(scratch) / repo_id.partition("/")[2]
+            self.save_pretrained(folder, form=form)
+            files = cards.shareable(folder, repo_id)
+            return sharing.push(
+                files,
+                repo_id,
+                private=private,
+                token=token,
+                commit_message=commit_message,
+                revision=revision,
+                create_pr=create_pr,
+            )
 
 
 def prune(
@@ -96,9 +135,10 @@ def prune(
 ) -> Pruned:
     """Score, plan and prune a pipeline; the model that was given stays as it was.
 
-    Give a `budget` such as `{"latency": "65%"}`, or a `plan` made before. `run` names a folder that keeps the scores: they
-    are resumed and reused from there, by default as they were scored (`method`, else `paper`). `priors` limit where operators may
-    go; `repair="closed-form"` fits the stand-ins to each other, see `recovery.repair`. Raises `LDPrunerError` with what to do.
+    Give a `budget` such as `{"latency": "65%"}`, or a `plan` made before: itself, its file, its folder, or a hub id. `run` names a
+    folder that keeps the scores: they are resumed and reused from there, by default as they were scored (`method`, else `paper`).
+    `priors` limit where operators may go; `repair="closed-form"` fits the stand-ins to each other, see `recovery.repair`. Raises
+    `LDPrunerError` with what to do.
     """
     if (budget is None) == (plan is None):
         raise PlanError("give either a budget or a plan.")
@@ -106,7 +146,7 @@ def prune(
         raise PlanError("a run folder goes with a budget; a plan needs no scores.")
     pipeline = as_pipeline(model)
     if plan is not None:
-        return apply(pipeline, plan if isinstance(plan, Plan) else Plan.load(Path(plan)), batch_size=batch_size)
+        return apply(pipeline, plan if isinstance(plan, Plan) else Plan.from_pretrained(plan), batch_size=batch_size)
     assert budget is not None
     parse_budgets(budget)  # what is misspelt raises now, not after hours of scoring
     selections_of(selection)
@@ -154,17 +194,17 @@ def _measured(pipeline: Pipeline, plan: Plan, fitted: surgery.Fitted, latency: C
     if plan.repair == "closed-form":
         before = shift_of(surgery.pruned_view(original, plan.edits, fitted))
         fitted = fit_together(pipeline, plan.edits, probe, fitted=fitted, batch_size=batch_size)
-    denoiser = surgery.prune(original, plan, fitted=fitted)
+    view = surgery.pruned_view(original, plan.edits, fitted, signed=plan)
     call = pipeline.call(probe)
     return Pruned(
         pipeline=pipeline,
-        denoiser=denoiser,
+        view=view,
         plan=plan,
         fitted=fitted,
-        latency=latency or compare_calls(original, surgery.pruned_view(original, plan.edits, fitted), call),
-        params=(_params(original), _params(denoiser)),
-        macs=(count_macs(original, call), count_macs(denoiser, call)),
-        latent_shift=shift_of(denoiser),
+        latency=latency or compare_calls(original, view, call),
+        params=(_params(original), _params(view)),
+        macs=(count_macs(original, call), count_macs(view, call)),
+        latent_shift=shift_of(view),
         latent_shift_before_repair=before,
     )
 

@@ -10,24 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from ldpruner import ldpruner_v1
+from ldpruner import cards, ldpruner_v1, sharing
 from ldpruner.artifacts.dense import densify
-from ldpruner.errors import ArtifactError, UnknownNameError, suggest
+from ldpruner.card_text import RECORD
+from ldpruner.errors import ArtifactError
 from ldpruner.files import staged_folder, write_json
+from ldpruner.forms import check_form
 from ldpruner.pipelines import FORMAT_MODULE, Pipeline
-from ldpruner.plans import Plan
+from ldpruner.plans import PLAN, Plan
 from ldpruner.probes import Probe
 from ldpruner.recovery import Distilled
 from ldpruner.surgery import Fitted, removed_operators
-
-PLAN = "pruning_plan.json"
-RECORD = "record.json"
-
-FORMS = {
-    "portable": "loads in plain diffusers with trust_remote_code=True, nothing to install",
-    "plugin": "loads in plain diffusers after `import ldpruner`, no code in the folder",
-    "dense": "loads anywhere with the same output, at the original's size and speed",
-}
 
 
 def save(
@@ -41,7 +34,7 @@ def save(
     fitted: Fitted | None = None,
 ) -> None:
     """Write `pipeline` around the denoiser `pruned` to `out`, with `pruning_plan.json` where there is a plan, `record.json`,
-    and its own `prompts.txt` and `generation.json`.
+    a card, and its own `prompts.txt` and `generation.json`.
 
     The folder is written aside and renamed: it is whole or absent. Raises `ArtifactError` where the disk refuses, or the
     dense form cannot hold an edit.
@@ -55,13 +48,23 @@ def save(
     with staged_folder(out) as scratch:
         with pipeline.with_denoiser(denoiser):
             pipeline.pipe.save_pretrained(scratch)
-        if form == "portable" and removed_operators(denoiser):
-            _make_portable(scratch, pipeline.component)
+        for name, part in {**pipeline.pipe.components, pipeline.component: denoiser}.items():
+            if form == "portable" and removed_operators(part):
+                _make_portable(scratch, name)
         for name, file in pipeline.own_files().items():
             shutil.copyfile(file, scratch / name)
         if plan is not None:
             plan.save(scratch / PLAN)
-        write_json(scratch / RECORD, {"form": form, "base": pipeline.source, **(record or {})})
+        write_json(scratch / RECORD, {"form": form, **_origin(pipeline, record or {}), **(record or {})})
+        inherited = cards.base_header(pipeline.source, pipeline.folder)
+        cards.write(scratch, name=out.name, inherited=inherited, there=cards.own_text(out))
+
+
+def _origin(pipeline: Pipeline, record: Mapping[str, Any]) -> dict[str, Any]:
+    """What a pipeline does, the part that is pruned, and where it came from, unless the record says."""
+    base_model = pipeline.source if sharing.is_hub_id(pipeline.source) else None
+    origin = {} if "base" in record else {"base": pipeline.source, "base_model": base_model}
+    return {**origin, "task": pipeline.task, "component": pipeline.component}
 
 
 def save_denoiser(denoiser: nn.Module, out: Path, *, form: str = "portable") -> None:
@@ -110,19 +113,6 @@ def _record_in(folder: Path | None) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise ArtifactError(f"{folder / RECORD}: cannot be read ({error}). Remove it, or mend it.") from error
     return record
-
-
-def check_form(form: str) -> None:
-    """Raise `UnknownNameError` for a form that does not exist."""
-    if form not in FORMS:
-        raise UnknownNameError(f"form {form!r} is unknown: {suggest(form, FORMS)}")
-
-
-def loading_lines(out: str, form: str) -> str:
-    """The lines of Python that load a saved folder in plain diffusers."""
-    trust = ", trust_remote_code=True" if form == "portable" else ""
-    first = "import ldpruner\n" if form == "plugin" else ""
-    return f'{first}from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained("{out}"{trust})'
 
 
 def _make_portable(folder: Path, component: str) -> None:

@@ -94,6 +94,7 @@ def evaluate(
     metrics: Sequence[str] | None = None,
     features: Sequence[Features] | None = None,
     reference: Path | str | None = None,
+    resize: int | None = None,
     batch_size: int = 50,
     cache: str | Path | None = None,
     watch: Watch | None = None,
@@ -103,18 +104,15 @@ def evaluate(
     `features` are names with an optional place (`inception=FILE`, `clip=FOLDER`, `judge=zoo:emoji`), networks, or
     `FeatureNet`s; by default the judge of the zoo pipeline that the model is, or was pruned from. `reference` is a folder
     or zip of real pictures or recordings; by default what that judge keeps of real data. `metrics` are names or the field's
-    aliases (fid, kid, is, fad), by default all that what is given allows. Samples, and what nets saw of them, are kept in
-    `cache` and found again. Raises `DataError`, before anything is generated, where a metric that was asked for lacks
-    something, and names it.
+    aliases (fid, kid, is, fad), by default all that what is given allows. Nets that look are shown pictures, real ones too,
+    of `resize` x `resize` pixels, the middle where they are not square; by default pictures as they are generated. Samples, and
+    what nets saw of them, are kept in `cache` and found again. Raises `DataError`, before anything is generated, where a metric
+    that was asked for lacks something, and names it.
     """
     pipeline, original = as_pipeline(model), as_pipeline(against) if against is not None else None
-    wanted, clock, keep = _wanted(metrics), _Clock(), Path(cache or cache_folder())
-    looking = _nets(pipeline, original, features, wanted)
-    complete = (original or pipeline).completed(probe)
-    real = RealData.open(Path(reference), pipeline) if reference is not None else None
-    offer = _Offer(original=original is not None, real=real, probe=complete, pipeline=pipeline)
-    jobs = _jobs(wanted, looking, offer, explicit=metrics is not None)
-
+    clock, keep = _Clock(), Path(cache or cache_folder())
+    offer, looking, jobs = _asked(pipeline, original, probe, metrics, features, reference, resize)
+    complete, real = offer.probe, offer.real
     device = device_of(pipeline.denoiser)
     watched = reset_peak(device)
     made = [Samples.of(each, complete, batch_size=batch_size, cache=keep) for each in (pipeline, original) if each]
@@ -146,6 +144,22 @@ def evaluate(
     )
 
 
+def check(
+    model: Model,
+    against: Model | None = None,
+    *,
+    probe: Probe = PROBE,
+    metrics: Sequence[str] | None = None,
+    features: Sequence[Features] | None = None,
+    reference: Path | str | None = None,
+    resize: int | None = None,
+) -> None:
+    """Raise what `evaluate` would raise before it generates anything: for who asks it at the end of hours of other work."""
+    pipeline, original = as_pipeline(model), as_pipeline(against) if against is not None else None
+    offer, _, _ = _asked(pipeline, original, probe, metrics, features, reference, resize)
+    pipeline.call(offer.probe)
+
+
 class _Clock:
     """Seconds by what they were spent on."""
 
@@ -174,6 +188,26 @@ def _wanted(metrics: Sequence[str] | None) -> list[_Wanted]:
         return [_Wanted(given=name, metric=METRICS[name], net=None) for name in METRICS]
     asked = [(given, *ALIASES.get(given.lower(), (given, None))) for given in dict.fromkeys(metrics)]
     return [_Wanted(given=given, metric=METRICS[name], net=net) for given, name, net in asked]
+
+
+def _asked(
+    pipeline: Pipeline,
+    original: Pipeline | None,
+    probe: Probe,
+    metrics: Sequence[str] | None,
+    features: Sequence[Features] | None,
+    reference: Path | str | None,
+    resize: int | None,
+) -> tuple[_Offer, list[FeatureNet], list[Job]]:
+    """What there will be to look at, the nets that look, and every metric with the net that it is measured with."""
+    wanted = _wanted(metrics)
+    if resize is not None and resize < 1:
+        raise DataError(f"resize={resize}: a side of 1 pixel or more is needed.")
+    looking = [net.at(resize) if resize else net for net in _nets(pipeline, original, features, wanted)]
+    real = RealData.open(Path(reference), pipeline) if reference is not None else None
+    complete = (original or pipeline).completed(probe)
+    offer = _Offer(original=original is not None, real=real, probe=complete, pipeline=pipeline)
+    return offer, looking, _jobs(wanted, looking, offer, explicit=metrics is not None)
 
 
 @dataclass(frozen=True, kw_only=True)

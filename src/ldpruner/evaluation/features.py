@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,8 +43,14 @@ class FeatureNet:
     describe: Callable[[Sequence[str]], Tensor] | None = None
     label: Callable[[str], int | None] | None = None
     channels: int | None = None  # of the pictures that it can look at; None: any
+    size: tuple[int, int] | None = None  # height and width that pictures, real ones too, are brought to before it looks
     sample_rate: int | None = None
     reference: Path | None = None  # a judge's folder, which keeps what the judge saw in real data
+
+    def at(self, side: int) -> FeatureNet:
+        """The same net, looking at pictures of `side` x `side`; what a judge keeps of real data was seen at another size."""
+        name = f"{self.name} at {side} x {side}"
+        return self if self.sample_rate else replace(self, name=name, size=(side, side), reference=None)
 
 
 Build = Callable[[str | None, str], FeatureNet]  # where its weights are, None for the usual place; the device

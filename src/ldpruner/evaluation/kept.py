@@ -85,7 +85,9 @@ class Samples:
         for first in range(0, self.probe.samples, self.batch_size):
             rows = range(first, min(first + self.batch_size, self.probe.samples))
             seeds = [self.probe.seed + rows.start, len(rows)]
-            key = hash_of([*seeds, self.probe.num_inference_steps, self.probe.guidance_scale, captions[rows.start : rows.stop]])
+            asked = [self.probe.num_inference_steps, self.probe.guidance_scale, captions[rows.start : rows.stop]]
+            more = [self.probe.solver, dict(self.probe.call)] if self.probe.solver or self.probe.call else []
+            key = hash_of([*seeds, *asked, *more])
             yield rows, Part(path=self.folder / f"part-{key[:32]}.safetensors")
 
     def _make(self, rows: range) -> Seen:

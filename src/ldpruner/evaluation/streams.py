@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ldpruner.datasets import PICTURES, Folder, in_parts
+from ldpruner.datasets import PICTURES, Folder, in_parts, resized
 from ldpruner.errors import DataError
 from ldpruner.evaluation.base import Evidence, Stream
 from ldpruner.evaluation.features import FeatureNet
@@ -45,8 +45,8 @@ class RealData:
         if net.sample_rate:
             return lambda: in_parts(self.names, lambda name: self._wave(name, net.sample_rate), PART)
         if self.pipeline.mel is not None:
-            return lambda: in_parts(self.names, self._spectrogram, PART)
-        size = (height, width)
+            return _at_size(lambda: in_parts(self.names, self._spectrogram, PART), net)
+        size = net.size or (height, width)
         return lambda: in_parts(self.names, lambda name: self.folder.picture(name, channels=channels, size=size), PART)
 
     def _spectrogram(self, name: str) -> Tensor:
@@ -68,9 +68,15 @@ def paired(made: Sequence[Samples]) -> Evidence:
 def sample_streams(samples: Samples, net: FeatureNet, cache: Path, watch: Watch | None) -> dict[str, Stream]:
     """What a net makes of samples and, where it reads, of their captions."""
     pictures = samples.stream("pictures")
-    shown = sounds(pictures, samples.pipeline, net.sample_rate, cache) if net.sample_rate else pictures
+    shown = sounds(pictures, samples.pipeline, net.sample_rate, cache) if net.sample_rate else _at_size(pictures, net)
     streams = _seen(net, shown, cache, samples.probe.samples, f"looking, {net.name}", watch)
     return streams | caption_streams(net, samples.captions)
+
+
+def _at_size(pictures: Stream, net: FeatureNet) -> Stream:
+    """Pictures of the height and width that a net wants, if it wants some."""
+    size = net.size
+    return pictures if size is None else lambda: (resized(part, size) for part in pictures())
 
 
 def caption_streams(net: FeatureNet, captions: Sequence[str]) -> dict[str, Stream]:

@@ -81,7 +81,10 @@ def _with_adapters(denoiser: nn.Module, settings: Distillation, frozen: Iterable
         from peft.tuners.lora import LoraModel
     except ImportError as error:
         raise RunError("lora_rank needs peft: pip install 'ldpruner[recover]'.") from error
-    stand_ins = [name for name, part in denoiser.named_modules() if isinstance(part, StandIn) and not isinstance(part, Shortcut)]
+    ours = {name for name, part in denoiser.named_modules() if isinstance(part, StandIn) and not isinstance(part, Shortcut)}
+    # where plain diffusers loaded the student, they are of classes that its folder brought along
+    ours |= {name for name, entry in removed_operators(denoiser).items() if entry["replacement"] != "shortcut"}
+    stand_ins = sorted(ours)
     names = [
         name
         for name, module in denoiser.named_modules()
