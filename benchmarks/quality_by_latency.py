@@ -24,7 +24,8 @@ import ldpruner
 from ldpruner.environment import environment
 from ldpruner.evaluation import METRICS, Evaluation, evaluate
 from ldpruner.files import write_json, write_text
-from ldpruner.pipelines import Pipeline, locate
+from ldpruner.opening import locate
+from ldpruner.pipelines import Pipeline
 from ldpruner.reporting import environment_line, estimate, grid, percent, upright_spectrogram
 from ldpruner.sound import write_wav
 from ldpruner.zoo.looks import joined, look

@@ -14,7 +14,8 @@ TOP = """# Denoisers
 
 Every denoiser class of diffusers, built tiny and random (`families/specimens/`), on the whole way (`families/walk.py`):
 
-1. its operators are discovered from one call, which is learned from the class (`ldpruner.example_call`) or stated;
+1. its operators are discovered from one call, which is stated, so that it reaches what an optional argument brings; for most
+   classes `ldpruner.example_call` learns one that runs as well, without a pipeline at hand;
 2. every replacement of every operator is tried in the whole denoiser: the same shapes, finite, restored bit for bit;
 3. a plan drawn by chance, to about 70 % of the MACs, is pruned;
 4. it is saved in the three forms, portable, plugin and dense, and loaded in another process: bit-equal outputs;
@@ -24,10 +25,11 @@ Every denoiser class of diffusers, built tiny and random (`families/specimens/`)
 denoiser says that the tool works on a class, not how much can be removed from a trained one.
 """
 NOTES = """
-*call*: how the call was found. *dense*: whether the random plan itself has a dense form (plan), or only one of up to three edits
-that leave a branch out (branches), as a normalisation cannot be made to do nothing by any weights. *idle*: parameters, by name,
-that the random plan leaves without a use and that lie in nothing that can be taken away, such as a table of a block's own, or a
-module that is called twice; in brackets those that the original's own call does not reach either.
+*call*: whether one can be learned from the class, its configuration and its errors. *dense*: whether the random plan itself has a
+dense form (plan), or only one of up to three edits that leave a branch out (branches), as a normalisation cannot be made to do
+nothing by any weights. *idle*: parameters, by name, that the random plan leaves without a use and that lie in nothing that can be
+taken away, such as a table of a block's own, or a module that is called twice; in brackets those that the original's own call does
+not reach either.
 """
 
 
@@ -36,7 +38,8 @@ def page(lines: Sequence[Mapping[str, Any]], known: Mapping[str, Specimen]) -> s
     made_with = sorted({f"diffusers {line['diffusers']}, torch {line['torch']}, {line['date']}" for line in lines})
     through = [line for line in lines if not line["failed"]]
     learned = sum(not known[str(line["name"])].why for line in lines)
-    head = f"\n{len(through)} of {len(lines)} classes go the whole way; the calls of {learned} are learned. Made with {'; '.join(made_with)}.\n"
+    head = f"\n{len(through)} of {len(lines)} classes go the whole way; the calls of {learned} can be learned.\n"
+    head += f"Made with {'; '.join(made_with)}.\n"
     table = ["| class | call | operators | " + " | ".join(KINDS) + " | MACs left | edits | dense | idle |", "|---" * 11 + "|"]
     table += [_row(line, known[str(line["name"])]) for line in sorted(through, key=lambda line: str(line["name"]))]
     failed = [f"- `{line['name']}`: {_cause(line, known)}" for line in lines if line["failed"]]
@@ -52,7 +55,7 @@ def _row(line: Mapping[str, Any], specimen: Specimen) -> str:
     unreached = f" ({line['unreached']})" if line["unreached"] else ""
     cells = [
         f"`{line['name']}`",
-        "stated" if specimen.why else "learned",
+        "" if specimen.why else "learned",
         str(line["operators"]),
         *fits,
         f"{line['macs_left'] * 100:.0f} %",

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from conftest import PROBE
 from ldpruner import Edit, Plan, discover
+from ldpruner.opening import _DTYPE
 from ldpruner.operators.discovery import DeadCode
-from ldpruner.pipelines import _DTYPE, Pipeline
+from ldpruner.pipelines import Pipeline
 from ldpruner.workflow import Pruned
 
 Chosen = dict[str, str]  # operator -> replacement

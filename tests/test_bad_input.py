@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conftest import BY_PAPER, Command
-from ldpruner import pipelines
+from ldpruner import opening
 from ldpruner.scoring.latent import PaperScorer
 from refusing import BUDGET, Refused, copied, everything_in, the_line
 
@@ -42,7 +42,7 @@ def test_a_model_that_is_not_there(
     for name in ("fashion", "letters"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model_index.json").touch()
-    monkeypatch.setattr(pipelines, "_ZOO", tmp_path)
+    monkeypatch.setattr(opening, "_ZOO", tmp_path)
     out = {"inspect": (), "benchmark": (), "prune": ("--out", "deep/out", *BUDGET)}.get(verb, ("--out", "deep/out"))
     assert refused(verb, model, *out) == message
 

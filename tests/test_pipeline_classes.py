@@ -99,7 +99,7 @@ def test_a_part_that_the_steps_do_not_reach_is_named() -> None:
 
 
 def test_a_part_that_there_is_not_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(PipelineError, match="has no part 'unet' to prune.*transformer"):
+    with pytest.raises(PipelineError, match=r"has no part 'unet' to prune.*transformer"):
         tiny("DiTPipeline", component="unet")
 
 

@@ -20,7 +20,8 @@ from PIL import Image
 from conftest import tiny_audio, tiny_ldm, tiny_stable_diffusion
 from ldpruner import Probe
 from ldpruner.files import read_json_lines
-from ldpruner.pipelines import Pipeline, locate
+from ldpruner.opening import locate
+from ldpruner.pipelines import Pipeline
 from ldpruner.reporting import percent
 from ldpruner.scoring import score
 from ldpruner.scoring.fast import FastScorer

@@ -18,7 +18,7 @@ from torch import nn
 
 import ldpruner
 from ldpruner import surgery
-from ldpruner.pipelines import _DTYPE, FORMAT_MODULE
+from ldpruner.opening import _DTYPE, FORMAT_MODULE
 from stacking import FAMILIES, Stacked, build, generated, is_stand_in
 
 HALVES = [torch.float16, torch.bfloat16]

@@ -26,7 +26,7 @@ from transformers import CLIPTokenizer
 
 from ldpruner import Probe, discover, load
 from ldpruner.evaluation import evaluate
-from ldpruner.pipelines import locate
+from ldpruner.opening import locate
 from ldpruner.plans import Operators
 from ldpruner.sound import read_wav, write_wav
 from ldpruner.zoo import autoencoders, commands, digits_recipe, emoji_recipe, measuring

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from torch.nn import functional as F
 
 from ldpruner.errors import PipelineError, suggest
 from ldpruner.probes import Probe
+
+log = logging.getLogger(__name__)
 
 CLASSES = 1000  # of a pipeline that takes class labels and whose denoiser does not say how many
 SIDE = 512  # pixels of a picture that is given, where nothing says how large they are
@@ -97,3 +100,16 @@ def denoisers_in(pipe: DiffusionPipeline) -> list[str]:
     kinds = ("diffusers.models.unets.", "diffusers.models.transformers.")
     others = [name for name, part in modules.items() if type(part).__module__.startswith(kinds) and name not in named]
     return named + others
+
+
+def denoiser_name(pipe: DiffusionPipeline, source: str, asked: str | None) -> str:
+    """The part that is asked for, else the first that denoises; which others do is told. Raises `PipelineError`."""
+    modules = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
+    if asked is not None and asked not in modules:
+        raise PipelineError(f"{source}: has no part {asked!r} to prune: {suggest(asked, modules)}")
+    found = [asked] if asked else denoisers_in(pipe)
+    if not found:
+        raise PipelineError(f"{source}: which part is the denoiser? {suggest('unet', modules)}")
+    if len(found) > 1:
+        log.info("%s: %s is taken, as no component was named; %s denoise too", source, found[0], ", ".join(found[1:]))
+    return found[0]

@@ -13,31 +13,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import diffusers
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from packaging.version import Version
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ldpruner import sharing, single_files
-from ldpruner.calling import Calling, denoisers_in
-from ldpruner.errors import LDPrunerError, PipelineError, suggest
-from ldpruner.files import first_damaged, read_prompts
+from ldpruner.calling import Calling, denoiser_name
+from ldpruner.errors import LDPrunerError, PipelineError
+from ldpruner.files import read_prompts
+from ldpruner.opening import locate, move, one_line, opened
 from ldpruner.operators.tracing import Call
 from ldpruner.probes import Probe
 from ldpruner.solvers import solving_by, watching
 from ldpruner.sound import Wave, from_spectrogram, to_spectrogram
 
 log = logging.getLogger(__name__)
-
-FORMAT_MODULE = "ldpruner_v1"
-_ZOO = Path(__file__).parent / "zoo"
-# diffusers renamed the argument in 0.40 and warns about the old name since.
-_DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
-
 
 PROMPTS = "prompts.txt"  # one prompt a line: beside a pipeline's model_index.json, or ours
 USUAL = "generation.json"  # how a pipeline is usually run, where its class's defaults do not suit it: {"guidance_scale": 3.0}
@@ -65,7 +57,7 @@ class Pipeline:
         self.pipe = pipe
         self.source = source
         self.folder = folder
-        self.component = _denoiser_name(pipe, source, component)
+        self.component = denoiser_name(pipe, source, component)
         pipe.set_progress_bar_config(disable=True)
 
     def __repr__(self) -> str:
@@ -242,7 +234,7 @@ class Pipeline:
         except LDPrunerError:
             raise
         except (ValueError, RuntimeError, TypeError) as error:  # refused, out of memory, or a dtype that it cannot run in
-            raise PipelineError(f"{self.source}: {type(self.pipe).__name__} refuses to run ({_one_line(error)}).") from error
+            raise PipelineError(f"{self.source}: {type(self.pipe).__name__} refuses to run ({one_line(error)}).") from error
 
     @contextmanager
     def _without_decoder(self) -> Iterator[None]:
@@ -317,119 +309,9 @@ def load(
     `config` is the folder or hub id of a pipeline of the same shape as a checkpoint of one file; by default one of the Hub that
     its tensors tell. Raises `PipelineError` where there is no pipeline, a file is damaged, weights are missing or not finite.
     """
-    path = locate(model)
-    options = {"revision": revision, "variant": variant, _DTYPE: dtype}
-    one_file = single_files.is_one(Path(path))
-    single_files.check_options(os.fspath(model), one_file, config, variant)
-    try:
-        pipe = _of_one_file(path, config, options) if one_file else _of_folder(path, trust_remote_code, options)
-    except PipelineError:
-        raise
-    except Exception as error:
-        raise PipelineError(_explain(str(model), path, error)) from error
-    pipeline = Pipeline(pipe, source=str(model), component=component, folder=sharing.folder_of(path, revision))
-    _check_weights(pipeline)
-    _move(pipeline, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    pipe, folder = opened(
+        model, dtype=dtype, revision=revision, variant=variant, trust_remote_code=trust_remote_code, config=config
+    )
+    pipeline = Pipeline(pipe, source=str(model), component=component, folder=folder)
+    move(pipe, device or ("cuda" if torch.cuda.is_available() else "cpu"), source=str(model))
     return pipeline
-
-
-def _of_folder(path: str, trust_remote_code: bool, options: dict[str, Any]) -> DiffusionPipeline:
-    return _Ours.from_pretrained(path, trust_remote_code=trust_remote_code, **options)
-
-
-class _Ours(DiffusionPipeline):  # type: ignore[misc]
-    """Reads the portable form as the plugin form: what loads a pruned part is here already, and no code of a folder runs.
-
-    Parts that were loaded before could be handed over as well, but diffusers loads those again that a pipeline can do without.
-    """
-
-    @classmethod
-    def _dict_from_json_file(cls, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Loading and downloading both read `model_index.json` by this; diffusers 0.36 downloads no portable one without trust."""
-        config: dict[str, Any] = super()._dict_from_json_file(*args, **kwargs)
-        return {name: ["diffusers", entry[1]] if _is_portable(entry) else entry for name, entry in config.items()}
-
-
-# By these two diffusers tells that the class is to be read from the folder, and where classes are.
-_Ours.__name__, _Ours.__module__ = DiffusionPipeline.__name__, DiffusionPipeline.__module__
-
-
-def _is_portable(entry: Any) -> bool:
-    return isinstance(entry, list) and entry[:1] == [FORMAT_MODULE]
-
-
-def _of_one_file(path: str, config: str | os.PathLike[str] | None, options: dict[str, Any]) -> DiffusionPipeline:
-    place = single_files.config_for(path, config)
-    with single_files.told(path, place):
-        kind = getattr(diffusers, sharing.index_of(place, options["revision"])["_class_name"])
-        return kind.from_single_file(path, config=place, **{_DTYPE: options[_DTYPE]})
-
-
-def _move(pipeline: Pipeline, device: str) -> None:
-    try:
-        pipeline.pipe.to(device)
-    except (RuntimeError, AssertionError) as error:  # an unknown name; a PyTorch built without that device; no memory left
-        raise PipelineError(f"{pipeline.source}: cannot be moved to device {device!r} ({_one_line(error)}). Try cpu.") from error
-
-
-def locate(model: str | os.PathLike[str]) -> str:
-    """The folder or hub id that `model` names. Raises `PipelineError` where a folder is missing or holds no pipeline."""
-    name = os.fspath(model)
-    if name.startswith("zoo:"):
-        return str(_shipped(name.removeprefix("zoo:")))
-    path = Path(name).expanduser()
-    if (path / "model_index.json").is_file():
-        return str(path)
-    if single_files.is_one(path):
-        return str(path)
-    if path.exists():
-        raise PipelineError(f"{name}: is no diffusers pipeline (no model_index.json in it).")
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise PipelineError(f"{name}: no such folder. Give a diffusers folder, a hub id such as org/name, or zoo:NAME.")
-    return name
-
-
-def _shipped(name: str) -> Path:
-    names = sorted(path.parent.name for path in _ZOO.glob("*/model_index.json"))
-    if name not in names:
-        raise PipelineError(f"zoo:{name} does not exist: {suggest(name, names)}")
-    return _ZOO / name
-
-
-def _explain(model: str, path: str, error: Exception) -> str:
-    """One line on why loading failed; names the damaged file where one of ours can be told."""
-    damaged = first_damaged(Path(path))
-    if damaged is not None:
-        return f"{model}: {damaged.relative_to(path)} is truncated or damaged. Copy or download it again."
-    reason = sharing.trouble(error)
-    if reason is not None:
-        return f"{model}: cannot be loaded ({reason.rstrip('.')})."
-    return f"{model}: cannot be loaded ({type(error).__name__}: {_one_line(error)})."
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
-
-
-def _check_weights(pipeline: Pipeline) -> None:
-    for part, module in pipeline.pipe.components.items():
-        for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
-            if parameter.is_meta:
-                raise PipelineError(f"{pipeline.source}: the weights of {part} lack {name}.")
-            if not torch.isfinite(parameter).all():
-                raise PipelineError(
-                    f"{pipeline.source}: {part}.{name} holds NaN or infinite weights; nothing can be scored with it."
-                )
-
-
-def _denoiser_name(pipe: DiffusionPipeline, source: str, asked: str | None) -> str:
-    """The part that is asked for, else the first that denoises; which others do is told. Raises `PipelineError`."""
-    modules = [name for name, part in pipe.components.items() if isinstance(part, nn.Module)]
-    if asked is not None and asked not in modules:
-        raise PipelineError(f"{source}: has no part {asked!r} to prune: {suggest(asked, modules)}")
-    found = [asked] if asked else denoisers_in(pipe)
-    if not found:
-        raise PipelineError(f"{source}: which part is the denoiser? {suggest('unet', modules)}")
-    if len(found) > 1:
-        log.info("%s: %s is taken, as no component was named; %s denoise too", source, found[0], ", ".join(found[1:]))
-    return found[0]

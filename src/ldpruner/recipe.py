@@ -28,7 +28,8 @@ from ldpruner.evaluation.base import ALIASES, METRICS
 from ldpruner.evaluation.features import FEATURE_NETS
 from ldpruner.evaluation.kept import Watch
 from ldpruner.files import write_json, write_text
-from ldpruner.pipelines import PROMPTS, USUAL, Pipeline, load, locate
+from ldpruner.opening import locate
+from ldpruner.pipelines import PROMPTS, USUAL, Pipeline, load
 from ldpruner.plans import Plan
 from ldpruner.recipe_settings import Recipe
 from ldpruner.recovery.settings import LATEST

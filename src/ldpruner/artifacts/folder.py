@@ -16,7 +16,8 @@ from ldpruner.card_text import RECORD
 from ldpruner.errors import ArtifactError
 from ldpruner.files import staged_folder, write_json
 from ldpruner.forms import check_form
-from ldpruner.pipelines import FORMAT_MODULE, Pipeline
+from ldpruner.opening import FORMAT_MODULE
+from ldpruner.pipelines import Pipeline
 from ldpruner.plans import PLAN, Plan
 from ldpruner.probes import Probe
 from ldpruner.recovery import Distilled

@@ -23,8 +23,9 @@ from ldpruner.evaluation.features import FEATURE_NETS, FeatureNet
 from ldpruner.evaluation.kept import Samples, Watch
 from ldpruner.evaluation.streams import RealData, paired, reference_streams, sample_streams
 from ldpruner.files import cache_folder
+from ldpruner.opening import locate
 from ldpruner.operators.timing import device_of
-from ldpruner.pipelines import Model, Pipeline, as_pipeline, locate
+from ldpruner.pipelines import Model, Pipeline, as_pipeline
 from ldpruner.probes import Probe
 
 Features = str | nn.Module | FeatureNet
