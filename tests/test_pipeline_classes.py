@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
 from transformers import ClapModel
 
 import ldpruner
@@ -19,6 +20,8 @@ from ldpruner.calling import made_up_picture
 from ldpruner.errors import PipelineError
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
+from ldpruner.reporting import save_samples
+from ldpruner.sound import read_wav
 from ldpruner.surgery import removed_operators
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "families"))
@@ -77,6 +80,26 @@ def test_a_pipeline_is_scored_pruned_saved_loaded_and_sampled(name: str, tmp_pat
     assert type(plain) is type(pipeline.pipe)
     assert Pipeline(plain, source=name).latents(probe).equal(again.latents(probe))
     assert not again.latents(probe).equal(pipeline.latents(probe))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "files"),
+    [
+        ("StableAudioPipeline", "sounds", {"seed-00000.wav", "seed-00001.wav"}),
+        ("WanPipeline", "videos", {"seed-00000.gif", "seed-00001.gif", "sheet.png"}),
+    ],
+)
+def test_sounds_and_videos_are_sampled_as_what_they_are(name: str, kind: str, files: set[str], tmp_path: Path) -> None:
+    pipeline, probe = tiny(name)
+    names, told = save_samples(pipeline, probe, tmp_path / "out")
+    assert told == kind
+    assert set(names) <= files == {path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".")}
+    if kind == "videos":
+        assert Image.open(tmp_path / "out" / names[0]).n_frames == probe.call["num_frames"]
+    else:
+        wave, rate = read_wav((tmp_path / "out" / names[0]).read_bytes(), names[0])
+        assert rate == pipeline.pipe.vae.config.sampling_rate
+        assert len(wave) == len(pipeline.waves(probe)[0][0])
 
 
 def test_two_denoisers_of_one_pipeline_are_told_apart_and_both_pruned(tmp_path: Path) -> None:

@@ -117,22 +117,19 @@ def prune(
 @as_json
 @loading
 def sample(model: str, out: Path, batch_size: int, as_json: bool, **settings: Any) -> None:
-    """Generate pictures, or sounds and their spectrograms: one file for each seed, and a sheet of all pictures."""
+    """Generate pictures, videos or sounds: one file for each seed, and a sheet of all pictures."""
     from ldpruner import reporting
     from ldpruner.files import check_writable
 
     probe = probe_of(settings)
     check_writable(out)
     pipeline = pipeline_of(model, settings)
-    pictures = pipeline.images(probe, batch_size=batch_size)
-    if pipeline.mel is None:
-        names, kind = reporting.save_images(pictures, out, first_seed=probe.seed), "pictures"
-    else:
-        names, kind = reporting.save_sounds(pipeline, pictures, out, first_seed=probe.seed), "sounds with their spectrograms"
+    names, kind = reporting.save_samples(pipeline, probe, out, batch_size=batch_size)
     if as_json:
         print_json({"out": str(out), "files": names})
         return
-    print(f"{len(names)} {kind} in {out}, and all pictures in {out / 'sheet.png'}.")
+    sheet = out / "sheet.png"
+    print(f"{len(names)} {kind} in {out}" + (f", and all pictures in {sheet}." if sheet.exists() else "."))
 
 
 @app.command()

@@ -179,6 +179,27 @@ class Pipeline:
                 pictures += self._pictures(probe, rows)
         return pictures
 
+    def videos(self, probe: Probe, *, batch_size: int | None = None) -> list[list[Image.Image]]:
+        """The probe's generations as videos, each as its frames. Raises `PipelineError` where the pipeline makes none."""
+        probe, videos = replace(probe, call={"output_type": "pil", **probe.call}), list[list[Image.Image]]()
+        for rows in _batches(probe.samples, batch_size or probe.samples):
+            videos += self._made("frames", self._generate(probe, rows))
+        return videos
+
+    def waves(self, probe: Probe, *, batch_size: int | None = None) -> tuple[list[Wave], int]:
+        """The probe's generations as sound without a spectrogram on the way, channels averaged, and their sample rate in Hz."""
+        waves: list[Wave] = []
+        for rows in _batches(probe.samples, batch_size or probe.samples):
+            sounds = torch.as_tensor(self._made("audios", self._generate(probe, rows))).float().cpu()
+            waves += [sound.reshape(-1, sound.shape[-1]).mean(0).numpy() for sound in sounds]
+        rates = (getattr(getattr(part, "config", None), "sampling_rate", None) for part in self.pipe.components.values())
+        return waves, next((int(rate) for rate in rates if rate), 16000)
+
+    def _made(self, kind: str, output: Any) -> Any:
+        if not hasattr(output, kind):
+            raise PipelineError(f"{self.source}: {type(self.pipe).__name__} gives no {kind}.")
+        return getattr(output, kind)
+
     def _pictures(self, probe: Probe, rows: range, last: list[Tensor] | None = None) -> list[Image.Image]:
         output = self._generate(probe, rows, last)
         if not hasattr(output, "images"):

@@ -15,11 +15,12 @@ from ldpruner.plans import Operators, Plan, Quantity, Score
 from ldpruner.record import Measurement
 from ldpruner.runs import Scored
 from ldpruner.selection import Row
-from ldpruner.sound import levelled, write_wav
+from ldpruner.sound import Wave, levelled, write_wav
 
 if TYPE_CHECKING:  # torch and diffusers come with these, and a table of scores needs neither
     from ldpruner.evaluation import Evaluation, Figure
     from ldpruner.pipelines import Pipeline
+from ldpruner.probes import Probe
 
 
 def count(value: float) -> str:
@@ -291,6 +292,19 @@ def grid(rows: Sequence[Sequence[Image.Image]], labels: Sequence[str] = (), *, s
     return sheet
 
 
+def save_samples(pipeline: Pipeline, probe: Probe, out: Path, *, batch_size: int | None = None) -> tuple[list[str], str]:
+    """Generate what the pipeline makes into the folder `out`; the files' names, and what they are."""
+    seed = probe.seed
+    if pipeline.task.endswith("video"):
+        return save_videos(pipeline.videos(probe, batch_size=batch_size), out, first_seed=seed), "videos"
+    if pipeline.task.endswith("audio") and pipeline.mel is None:
+        return save_waves(*pipeline.waves(probe, batch_size=batch_size), out, first_seed=seed), "sounds"
+    pictures = pipeline.images(probe, batch_size=batch_size)
+    if pipeline.mel is None:
+        return save_images(pictures, out, first_seed=seed), "pictures"
+    return save_sounds(pipeline, pictures, out, first_seed=seed), "sounds with their spectrograms"
+
+
 def save_images(pictures: Sequence[Image.Image], out: Path, *, first_seed: int) -> list[str]:
     """Write one PNG per picture, named after its seed, and `sheet.png` with all, into the folder `out`; return the names."""
     names = [f"seed-{first_seed + index:05d}.png" for index in range(len(pictures))]
@@ -312,6 +326,25 @@ def save_sounds(pipeline: Pipeline, spectrograms: Sequence[Image.Image], out: Pa
             shown.save(scratch / f"{name}.png")
         _sheet(upright).save(scratch / "sheet.png")
     return [f"{name}.wav" for name in names]
+
+
+def save_waves(waves: Sequence[Wave], rate: int, out: Path, *, first_seed: int) -> list[str]:
+    """Write one WAV per wave, named after its seed, into the folder `out`; return the names."""
+    names = [f"seed-{first_seed + index:05d}.wav" for index in range(len(waves))]
+    with staged_folder(out) as scratch:
+        for name, wave in zip(names, waves, strict=True):
+            write_wav(scratch / name, wave, rate)
+    return names
+
+
+def save_videos(videos: Sequence[Sequence[Image.Image]], out: Path, *, first_seed: int) -> list[str]:
+    """Write one GIF per video, eight frames a second, and `sheet.png` with the middle frames; return the GIFs' names."""
+    names = [f"seed-{first_seed + index:05d}.gif" for index in range(len(videos))]
+    with staged_folder(out) as scratch:
+        for name, (first, *rest) in zip(names, videos, strict=True):
+            first.save(scratch / name, save_all=True, append_images=rest, duration=125, loop=0)
+        _sheet([frames[len(frames) // 2] for frames in videos]).save(scratch / "sheet.png")
+    return names
 
 
 def upright_spectrogram(picture: Image.Image) -> Image.Image:
