@@ -1,17 +1,21 @@
-# make demo [TASK=fashion|emoji|digits] | test | check | venv      each creates .venv when it is missing
+# make demo [TASK=fashion|emoji|digits] | test | test-all | check | venv      each creates .venv when it is missing
 TASK ?= fashion
 VENV ?= .venv
 PYTHON ?= python3
 PIP_FLAGS ?=
 BIN := $(VENV)/bin
 
-.PHONY: demo test check venv
+.PHONY: demo test test-all check venv
 
 demo: venv
 	$(BIN)/python examples/demo.py $(TASK)
 
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Every class of denoiser and of pipeline: half an hour and more.
+test-all: venv
+	$(BIN)/python -m pytest -n 2 -m "exhaustive or not exhaustive"
 
 check: venv
 	$(BIN)/ruff check .

@@ -104,6 +104,7 @@ MEANINGS = {
     "zero": "`zero` adds nothing",
     "shortcut": "`shortcut` keeps a block's skip path alone",
     "pointwise": "`pointwise` is one linear map over channels",
+    "narrow": "`narrow` keeps the first channels of its input",
 }
 
 
