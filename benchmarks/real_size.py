@@ -35,7 +35,7 @@ from ldpruner.environment import environment
 from ldpruner.files import write_json
 from ldpruner.operators import Call, discover, meta_copy
 from ldpruner.operators.discovery import with_times
-from ldpruner.operators.tracing import count_macs
+from ldpruner.operators.tracing import count_macs, on_meta
 from ldpruner.plans import Plan
 from ldpruner.probes import Probe
 from ldpruner.published import BKSDM, bk_sdm
@@ -108,13 +108,18 @@ class Watch:
         )
 
     def follow(self, denoiser: nn.Module) -> None:
-        """Count the time of the denoiser's calls, those with numbers."""
+        """Count the time of calls of this denoiser and of views of it, not of copies that hold no numbers."""
         began: list[float] = []
-        denoiser.register_forward_pre_hook(lambda *_: began.append(time.perf_counter()))
-        denoiser.register_forward_hook(lambda *_: self._add(time.perf_counter() - began.pop()))
 
-    def _add(self, seconds: float) -> None:
-        self.inside += seconds
+        def enter(module: nn.Module, _: Any) -> None:
+            began.append(time.perf_counter())
+
+        def leave(module: nn.Module, *_: Any) -> None:
+            taken = time.perf_counter() - began.pop()
+            self.inside += 0.0 if on_meta(module) else taken
+
+        denoiser.register_forward_pre_hook(enter)
+        denoiser.register_forward_hook(leave)
 
 
 def memory() -> float:

@@ -27,7 +27,7 @@ from ldpruner.errors import ArtifactError, RecipeError
 from ldpruner.evaluation.base import ALIASES, METRICS
 from ldpruner.evaluation.features import FEATURE_NETS
 from ldpruner.evaluation.kept import Watch
-from ldpruner.files import write_json, write_text
+from ldpruner.files import as_json, write_json, write_text
 from ldpruner.opening import locate
 from ldpruner.pipelines import PROMPTS, USUAL, Pipeline, load
 from ldpruner.plans import Plan
@@ -78,7 +78,7 @@ def run(
         stage.make()
         work.keep(stage, seconds=time.monotonic() - began)
     summary = work.summary()
-    write_json(work.out / SUMMARY, summary)
+    _write_changed(work.out / SUMMARY, as_json(summary))
     return summary
 
 
@@ -128,9 +128,7 @@ class _Work:
         there = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
         if there and STAGES not in there and "recipe.yaml" not in there:
             raise ArtifactError(f"{self.out}: holds files that no run of a recipe left. Name another folder.")
-        text, file = self.recipe.to_yaml(), self.out / "recipe.yaml"
-        if not file.is_file() or file.read_text(encoding="utf-8") != text:
-            write_text(file, text)
+        _write_changed(self.out / "recipe.yaml", self.recipe.to_yaml())
 
     def check(self) -> None:
         """Raise now what the last stages would raise before they begin."""
@@ -145,6 +143,7 @@ class _Work:
             resize=asked.resize,
         )
         self.original.call(self.recipe.benchmark.probe())
+        self.original.latents(replace(asked.probe(), samples=1, num_inference_steps=min(2, asked.num_inference_steps)))
 
     def stages(self) -> list[_Stage]:
         """What is to be done, in order."""
@@ -328,6 +327,12 @@ def _json(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise RecipeError(f"{path}: cannot be read ({error}). Remove it, and run again: it is made anew.") from error
+
+
+def _write_changed(path: Path, text: str) -> None:
+    """Write a text, unless the file says that already."""
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def _key(what: Any) -> str:

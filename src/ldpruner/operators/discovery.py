@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -118,6 +119,8 @@ class _Survey:
     tried_in: nn.Module
     trace: Trace
     batch: int
+    _known: dict[tuple[str, str, str], bool] = field(default_factory=dict)  # trials, by what they depend on
+    _makes: dict[str, str] = field(default_factory=dict)
 
     def operators(self) -> list[Operator]:
         self.like = next(self.tried_in.parameters())
@@ -206,9 +209,26 @@ class _Survey:
         return self._cost(self.trace.modules[f"{entry.name}.{options['child']}"]) if name == "shortcut" else Cost()
 
     def _runs(self, entry: Traced, replacement: str, options: dict[str, Any]) -> bool:
-        """Whether the module around the operator gives what it gave before; beyond it nothing can differ."""
-        with self._swapped(entry.name, replacement, options):
-            return self._gives_the_same(self._called_around(entry.name.rpartition(".")[0]))
+        """Whether the module around the operator gives what it gave before; what reads its parts from further away, see above.
+
+        Blocks of a denoiser are alike: what ran in one of the same make that was given the same shapes is not tried again.
+        """
+        around = self._called_around(entry.name.rpartition(".")[0])
+        make = self._make(around, entry.name), replacement, json.dumps(options)
+        if make not in self._known:
+            with self._swapped(entry.name, replacement, options):
+                self._known[make] = self._gives_the_same(around)
+        return self._known[make]
+
+    def _make(self, around: Traced, operator: str) -> str:
+        """What a trial depends on: a module's structure and settings, what it was given, and the path of the operator in it."""
+        if self.trace.has_numbers:
+            return operator
+        if around.name not in self._makes:
+            settings = [(name, type(m).__name__, _settings(m)) for name, m in around.module.named_modules()]
+            given = tree_map(lambda leaf: (leaf.shape, leaf.dtype) if isinstance(leaf, Tensor) else leaf, around.given)
+            self._makes[around.name] = repr((settings, given))
+        return self._makes[around.name] + operator[len(around.name) :]
 
     @contextmanager
     def _swapped(self, path: str, replacement: str, options: dict[str, Any]) -> Iterator[None]:
@@ -298,6 +318,13 @@ def _zeros(leaf: Any, device: torch.device) -> Any:
 def _kept_for_its_parameters(operator: Operator) -> Operator:
     candidates = tuple(c for c in operator.candidates if c.replacement in HOLDING)
     return replace(operator, candidates=candidates, if_dead=None)
+
+
+def _settings(module: nn.Module) -> list[tuple[str, Any]]:
+    """A module's own values and the shapes of its own parameters."""
+    shapes = [(name, tuple(parameter.shape)) for name, parameter in module._parameters.items() if parameter is not None]
+    values = [(name, value) for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)]
+    return [*shapes, *values]
 
 
 def _copies(leaf: Any, device: torch.device) -> Any:
