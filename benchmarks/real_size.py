@@ -87,7 +87,7 @@ class Watch:
 
     def __init__(self) -> None:
         self.stages: dict[str, dict[str, float]] = {}
-        self.inside = 0.0
+        self.inside = (0.0, 0.0)
         self.peak = 0.0
         threading.Thread(target=self._look, daemon=True).start()
 
@@ -98,28 +98,39 @@ class Watch:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        began, inside, self.peak = time.perf_counter(), self.inside, memory()
+        began, inside, self.peak = clocks(), self.inside, memory()
         yield
-        taken, within = time.perf_counter() - began, self.inside - inside
+        wall, processor = (now - before for now, before in zip(clocks(), began, strict=True))
+        within, within_processor = (now - before for now, before in zip(self.inside, inside, strict=True))
         self.peak = max(self.peak, memory())
-        self.stages[name] = {"seconds": taken, "in_the_model": within, "beside_it": taken - within, "peak_bytes": self.peak}
-        print(
-            f"{name}: {taken:.1f} s, {taken - within:.1f} s of them beside the model, at most {self.peak / 1e9:.2f} GB", flush=True
-        )
+        self.stages[name] = {
+            "seconds": wall,
+            "seconds_beside_the_model": wall - within,
+            "processor_seconds_beside_the_model": processor - within_processor,
+            "peak_bytes": self.peak,
+        }
+        beside = f"{wall - within:.1f} s ({processor - within_processor:.1f} s of a processor) of them beside the model"
+        print(f"{name}: {wall:.1f} s, {beside}, at most {self.peak / 1e9:.2f} GB", flush=True)
 
     def follow(self, denoiser: nn.Module) -> None:
         """Count the time of calls of this denoiser and of views of it, not of copies that hold no numbers."""
-        began: list[float] = []
+        began: list[tuple[float, float]] = []
 
         def enter(module: nn.Module, _: Any) -> None:
-            began.append(time.perf_counter())
+            began.append(clocks())
 
         def leave(module: nn.Module, *_: Any) -> None:
-            taken = time.perf_counter() - began.pop()
-            self.inside += 0.0 if on_meta(module) else taken
+            wall, processor = (now - before for now, before in zip(clocks(), began.pop(), strict=True))
+            if not on_meta(module):
+                self.inside = self.inside[0] + wall, self.inside[1] + processor
 
         denoiser.register_forward_pre_hook(enter)
         denoiser.register_forward_hook(leave)
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds of the clock on the wall, and of this process on all processors."""
+    return time.perf_counter(), time.process_time()
 
 
 def memory() -> float:
