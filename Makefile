@@ -15,7 +15,9 @@ test: venv
 
 # Every class of denoiser and of pipeline: half an hour and more.
 test-all: venv
-	$(BIN)/python -m pytest -n 2 -m "exhaustive or not exhaustive"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not quantization"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/torchao "torchao==0.18.0"
+	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest -m quantization
 
 check: venv
 	$(BIN)/ruff check .

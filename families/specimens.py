@@ -57,7 +57,7 @@ class Specimen:
 
     def stated_call(self, seed: int = 0) -> Call:
         """The call as the file has it, the same for every seed."""
-        assert self.call is not None
+        assert self.call is not None, f"{self.name}: no call is stated"
         generator = torch.Generator().manual_seed(seed)
         return Call((), {name: _value(spec, generator) for name, spec in self.call.items()})
 

@@ -1,5 +1,5 @@
 """What makes a pipeline smaller or faster stacks on a pruned one: number formats, files in parts, offloading, slicing,
-compiling, int8. Each hooks into a model's modules in its own way, and has to find the weights of stand-ins too."""
+compiling. Each hooks into a model's modules in its own way, and has to find the weights of stand-ins too."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 from accelerate import cpu_offload
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from torch import nn
 
 import ldpruner
 from ldpruner import surgery
@@ -146,6 +144,7 @@ def test_decoding_in_slices_and_tiles_works_as_in_the_original(sd: Stacked) -> N
     np.testing.assert_allclose(generated(pipe, **asked), wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_denoiser_is_compiled_into_one_graph_once(sd: Stacked) -> None:
     unet = sd.load().unet
     before, other = sd.output(unet), sd.output(unet, timestep=torch.tensor(9))
@@ -163,28 +162,6 @@ def test_blocks_that_repeat_are_compiled_where_they_are_left(families: dict[str,
     torch._dynamo.reset()
     unet.compile_repeated_blocks(fullgraph=True, backend="eager")
     assert torch.equal(stacked.output(unet), before)
-
-
-@pytest.mark.filterwarnings("default::UserWarning", "default::DeprecationWarning")
-def test_what_is_left_is_quantized_to_int8_stand_ins_too(stacked: Stacked) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
-
-    unet = stacked.load().unet
-    before = stacked.output(unet)
-    quantize_(unet, Int8WeightOnlyConfig())
-    linear = {name: type(module.weight).__name__ for name, module in unet.named_modules() if isinstance(module, nn.Linear)}
-    assert set(linear.values()) == {"Int8Tensor"}
-    assert any(name.endswith(".map") for name in linear)
-    assert 0 < relative_error(stacked.output(unet), before) < 0.02
-
-
-def test_a_quantization_asked_for_at_loading_is_not_made_and_diffusers_says_so(sd: Stacked) -> None:
-    from torchao.quantization import Int8WeightOnlyConfig
-
-    asked = diffusers.TorchAoConfig(Int8WeightOnlyConfig())
-    with pytest.warns(UserWarning, match="The `quantization_config` from the model will be used"):
-        unet = UNet2DConditionModel.from_pretrained(sd.folder, subfolder="unet", quantization_config=asked)
-    assert torch.equal(sd.output(unet), sd.output(sd.pruned()))
 
 
 @pytest.mark.parametrize("where", ["auto", "balanced", "cpu", {"": "cpu"}])
