@@ -283,7 +283,7 @@ def test_a_save_over_an_earlier_one_leaves_nothing_of_it(saved: dict[str, Saved]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("replacement", sorted(ldpruner_v1.STAND_INS))
+@pytest.mark.parametrize("replacement", sorted(REPLACEMENTS))
 def test_a_config_that_forgets_an_operator_does_not_load(
     family: str, replacement: str, saved: dict[str, Saved], tmp_path: Path
 ) -> None:
