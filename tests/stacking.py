@@ -172,9 +172,10 @@ class Lora:
         """The tensors whose layers are gone."""
         return sorted(key for key in self.weights if stacked.lost(key.removeprefix("unet.").rpartition(".lora_")[0]))
 
-    def save(self, file: Path) -> Path:
-        save_file(self.weights, file)
-        return file
+    def save(self, folder: Path) -> dict[str, Any]:
+        """Write it, and what loads it."""
+        save_file(self.weights, folder / "lora.safetensors")
+        return {"pretrained_model_name_or_path_or_dict": folder, "weight_name": "lora.safetensors"}
 
     def as_kohya(self, alpha: float) -> dict[str, Tensor]:
         """In the form of the scripts that most published LoRAs come from, in which `alpha / rank` scales what is added."""

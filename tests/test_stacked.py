@@ -26,6 +26,7 @@ from stacking import CHOSEN, FAMILIES, SIZE, Lora, Stacked, build, controlnet, g
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
 
 ADAPTER = "default_0"  # the name that diffusers gives to a first LoRA
+SAVED = "pytorch_lora_weights.safetensors"
 NOT_FROM_FILES = {"subfolder": None, "weight_name": None, "image_encoder_folder": None}
 CONTROLLED = {"sd": "StableDiffusionControlNetPipeline", "sdxl": "StableDiffusionXLControlNetPipeline"}
 SCHEDULERS = [
@@ -81,7 +82,7 @@ def test_what_is_loaded_later_changes_no_bit_of_what_was_loaded_before(stacked: 
 def test_a_lora_of_the_original_acts_on_what_is_left_as_it_did_there(stacked: Stacked, lora: Lora, tmp_path: Path) -> None:
     pipe = stacked.load()
     before = stacked.output(pipe.unet)
-    pipe.load_lora_weights(lora.save(tmp_path / "lora.safetensors"))
+    pipe.load_lora_weights(**lora.save(tmp_path))
     wanted = stacked.output(lora.merged(stacked.pruned()))
     torch.testing.assert_close(stacked.output(pipe.unet), wanted, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(before, wanted, atol=0.1), "it does next to nothing"
@@ -106,7 +107,7 @@ def test_a_lora_for_what_is_left_is_loaded_without_a_word(
     lora = Lora(stacked.pipe.unet, only=lambda name: not stacked.lost(name))
     pipe = stacked.load()
     with caplog.at_level(logging.WARNING):
-        pipe.load_lora_weights(lora.save(tmp_path / "lora.safetensors"))
+        pipe.load_lora_weights(**lora.save(tmp_path))
     assert told(caplog) == []
     wanted = stacked.output(lora.merged(stacked.pruned()))
     torch.testing.assert_close(stacked.output(pipe.unet), wanted, rtol=1e-4, atol=1e-5)
@@ -160,10 +161,10 @@ def test_a_lora_saved_from_the_pruned_pipeline_holds_what_acts_there_and_loads_a
     pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet, adapter_name=ADAPTER))
     caplog.clear()
     with caplog.at_level(logging.WARNING):
-        again.load_lora_weights(tmp_path)
+        again.load_lora_weights(tmp_path, weight_name=SAVED)
     assert told(caplog) == []
     assert torch.equal(stacked.output(again.unet), stacked.output(pipe.unet))
-    saved = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    saved = load_file(tmp_path / SAVED)
     assert set(saved) == lora.weights.keys() - set(lora.lost(stacked))
 
 
@@ -183,7 +184,7 @@ def test_a_lora_in_the_form_of_kohya_scripts_is_told_apart_and_acts_too(
     lora, pipe = Lora(sd.pipe.unet, only=lambda name: "attentions" in name), sd.load()
     save_file(lora.as_kohya(alpha=lora.rank), tmp_path / "lora.safetensors")
     with caplog.at_level(logging.WARNING):
-        pipe.load_lora_weights(tmp_path / "lora.safetensors")
+        pipe.load_lora_weights(tmp_path, weight_name="lora.safetensors")
     assert told(caplog)[0].startswith(f"{len(lora.lost(sd))} of {len(lora.weights)} tensors of this LoRA are for operators")
     torch.testing.assert_close(sd.output(pipe.unet), sd.output(lora.merged(sd.pruned())), rtol=1e-4, atol=1e-5)
 
@@ -199,10 +200,11 @@ def test_a_lora_is_put_into_the_denoiser_itself_under_any_prefix(prefix: str | N
 def test_a_lora_that_tells_its_own_settings_is_scaled_by_them(sd: Stacked, tmp_path: Path) -> None:
     lora, pipe = Lora(sd.pipe.unet, only=lambda name: name.endswith(("to_q", "to_v"))), sd.load()
     layers = {key.removeprefix("unet."): tensor for key, tensor in lora.weights.items()}
-    settings = {"r": lora.rank, "lora_alpha": 2 * lora.rank, "target_modules": ["to_q", "to_v"]}
+    names = {"target_modules": ["to_q", "to_v"], "rank_pattern": {}, "alpha_pattern": {}}
+    settings = {"r": lora.rank, "lora_alpha": 2 * lora.rank, **names}
     pipe.save_lora_weights(tmp_path, unet_lora_layers=layers, unet_lora_adapter_metadata=settings)
     with pytest.warns(RuntimeWarning, match=r"additional target modules: \['up_blocks.1.attentions.0.*to_q'\]"):  # a stand-in
-        pipe.load_lora_weights(tmp_path)
+        pipe.load_lora_weights(tmp_path, weight_name=SAVED)
     torch.testing.assert_close(sd.output(pipe.unet), sd.output(lora.merged(sd.pruned(), 2.0)), rtol=1e-4, atol=1e-5)
 
 

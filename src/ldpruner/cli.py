@@ -261,4 +261,6 @@ def _quieten() -> None:
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "critical")  # it logs, and then raises, what we tell
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # it tells of every try to reach the Hub, of which there are six
+    for name in ("torchao", "torch.utils._pytree"):  # diffusers imports it where it is installed; it tells what it cannot do here
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
