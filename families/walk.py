@@ -16,7 +16,7 @@ from ldpruner.artifacts import densify, save_denoiser
 from ldpruner.errors import ArtifactError
 from ldpruner.operators import Call, discover
 from ldpruner.operators.discovery import DeadCode
-from ldpruner.operators.tracing import tensors_in
+from ldpruner.operators.watching import tensors_in
 from ldpruner.plans import Candidate, Edit, Operator, Operators, Plan, within
 from ldpruner.selection import predict_edits
 from ldpruner.surgery import Fitted, prune, trial

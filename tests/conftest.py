@@ -333,3 +333,21 @@ def refused(command: Command, place: Path) -> Refused:
         return the_line(err)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What users stack things on: a pruned pipeline of each family, see `stacking`."""
+    from stacking import FAMILIES, build
+
+    return {family: build(family, tmp_path_factory.mktemp("stacked") / family) for family in FAMILIES}
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def stacked(request: pytest.FixtureRequest, families: dict[str, Any]) -> Any:
+    return families[request.param]
+
+
+@pytest.fixture
+def sd(families: dict[str, Any]) -> Any:
+    return families["sd"]

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from conftest import PROBE
-from ldpruner import Edit, Plan, discover
+from conftest import PROBE, tiny_ldm, tiny_stable_diffusion
+from ldpruner import Edit, Plan, discover, workflow
 from ldpruner.opening import _DTYPE
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.pipelines import Pipeline
@@ -121,6 +121,21 @@ class Child:
 
 
 @torch.no_grad()
+def pruned_family(family: str, folder: Path) -> Saved:
+    """One family pruned, and saved whole in three forms."""
+    pipe = tiny_ldm() if family == "unconditional" else tiny_stable_diffusion(folder)
+    pipeline = Pipeline(pipe, source=f"tiny-{family}")
+    plan = plan_for(pipeline, CHOSEN[family])
+    pruned = workflow.prune(pipeline, plan=plan)
+    dense = workflow.prune(pipeline, plan=without(plan, lambda edit: edit.operator in RESAMPLING))
+    pruned.save_pretrained(folder / "portable")
+    pruned.save_pretrained(folder / "plugin", form="plugin")
+    dense.save_pretrained(folder / "dense", form="dense")
+    generator = torch.Generator().manual_seed(1)
+    save_file({name: torch.randn(shape, generator=generator) for name, shape in INPUTS[family].items()}, folder / "inputs")
+    return Saved(pruned=pruned, dense=dense, folder=folder, inputs=folder / "inputs")
+
+
 def output_of(denoiser: Any, inputs: dict[str, Tensor]) -> Tensor:
     output: Tensor = denoiser(timestep=7, **{name: tensor.to(denoiser.dtype) for name, tensor in inputs.items()}).sample
     return output

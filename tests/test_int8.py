@@ -8,27 +8,12 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from stacking import FAMILIES, Stacked, build
+from stacking import Stacked
 
 pytestmark = [
     pytest.mark.quantization,
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stacked]:
-    return {family: build(family, tmp_path_factory.mktemp("stacked") / family) for family in FAMILIES}
-
-
-@pytest.fixture(params=FAMILIES)
-def stacked(request: pytest.FixtureRequest, families: dict[str, Stacked]) -> Stacked:
-    return families[request.param]
-
-
-@pytest.fixture
-def sd(families: dict[str, Stacked]) -> Stacked:
-    return families["sd"]
 
 
 def relative_error(made: torch.Tensor, wanted: torch.Tensor) -> float:

@@ -17,28 +17,22 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 import ldpruner
-from conftest import PROBE, tiny_ldm, tiny_stable_diffusion
+from conftest import PROBE
 from ldpruner import artifacts
-from ldpruner.pipelines import Pipeline
 from saving import (
-    CHOSEN,
     DIFFUSERS_FIRST,
     FAMILIES,
-    INPUTS,
     LDPRUNER_FIRST,
-    RESAMPLING,
     WITHOUT_US,
     Child,
     Saved,
     edit_config,
     job,
-    plan_for,
+    pruned_family,
     run_child,
-    without,
 )
 
 OLD = os.environ.get("LDPRUNER_OLD_DIFFUSERS", "")
@@ -59,23 +53,13 @@ def older() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
     """Two families, whole pipelines in three forms and their denoisers alone."""
-    families = {}
-    for family, chosen in CHOSEN.items():
-        folder = tmp_path_factory.mktemp(family)
-        pipeline = Pipeline(tiny_ldm() if family == "unconditional" else tiny_stable_diffusion(folder), source=f"tiny-{family}")
-        plan = plan_for(pipeline, chosen)
-        pruned = ldpruner.prune(pipeline, plan=plan)
-        dense = ldpruner.prune(pipeline, plan=without(plan, lambda edit: edit.operator in RESAMPLING))
-        pruned.save_pretrained(folder / "portable")
-        pruned.save_pretrained(folder / "plugin", form="plugin")
-        dense.save_pretrained(folder / "dense", form="dense")
+    families = {family: pruned_family(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+    for entry in families.values():
+        pruned, dense, folder = entry.pruned, entry.dense, entry.folder
         artifacts.save_denoiser(pruned.denoiser, folder / "portable alone")
         artifacts.save_denoiser(pruned.denoiser, folder / "plugin alone", form="plugin")
-        whole = artifacts.densify(pipeline.denoiser, dense.plan, pipeline.call(PROBE), fitted=dense.fitted)
+        whole = artifacts.densify(dense.pipeline.denoiser, dense.plan, dense.pipeline.call(PROBE), fitted=dense.fitted)
         artifacts.save_denoiser(whole, folder / "dense alone", form="dense")
-        generator = torch.Generator().manual_seed(1)
-        save_file({name: torch.randn(shape, generator=generator) for name, shape in INPUTS[family].items()}, folder / "inputs")
-        families[family] = Saved(pruned=pruned, dense=dense, folder=folder, inputs=folder / "inputs")
     return families
 
 

@@ -20,7 +20,8 @@ from ldpruner.artifacts.dense import densify
 from ldpruner.fitting import Moments, fit_pointwise, pointwise_wanted
 from ldpruner.ldpruner_v1 import STAND_INS, StandIn
 from ldpruner.operators.discovery import discover
-from ldpruner.operators.tracing import Call, tensors_in, weights_digest
+from ldpruner.operators.tracing import Call, weights_digest
+from ldpruner.operators.watching import tensors_in
 from ldpruner.pipelines import Pipeline, load
 from ldpruner.plans import Operators, corrected
 from ldpruner.probes import Probe

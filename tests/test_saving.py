@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, UNet2DModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 import ldpruner
@@ -19,18 +19,15 @@ from ldpruner.operators.tracing import architecture
 from ldpruner.pipelines import Pipeline
 from ldpruner.replacements import REPLACEMENTS
 from saving import (
-    CHOSEN,
     DIFFUSERS_FIRST,
     FAMILIES,
-    INPUTS,
     LDPRUNER_FIRST,
-    RESAMPLING,
     WITHOUT_US,
     Child,
     Saved,
     edit_config,
     job,
-    plan_for,
+    pruned_family,
     run_child,
     without,
 )
@@ -38,21 +35,7 @@ from saving import (
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
-    families = {}
-    for family, chosen in CHOSEN.items():
-        folder = tmp_path_factory.mktemp(family)
-        pipe = tiny_ldm() if family == "unconditional" else tiny_stable_diffusion(folder)
-        pipeline = Pipeline(pipe, source=f"tiny-{family}")
-        plan = plan_for(pipeline, chosen)
-        pruned = ldpruner.prune(pipeline, plan=plan)
-        dense = ldpruner.prune(pipeline, plan=without(plan, lambda edit: edit.operator in RESAMPLING))
-        pruned.save_pretrained(folder / "portable")
-        pruned.save_pretrained(folder / "plugin", form="plugin")
-        dense.save_pretrained(folder / "dense", form="dense")
-        generator = torch.Generator().manual_seed(1)
-        save_file({name: torch.randn(shape, generator=generator) for name, shape in INPUTS[family].items()}, folder / "inputs")
-        families[family] = Saved(pruned=pruned, dense=dense, folder=folder, inputs=folder / "inputs")
-    return families
+    return {family: pruned_family(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
 
 
 @pytest.fixture(scope="module")

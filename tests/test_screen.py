@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from conftest import PROBE
 from ldpruner import Edit
-from ldpruner.operators.tracing import tensors_in
+from ldpruner.operators.watching import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Operators
 from ldpruner.scoring import Asked

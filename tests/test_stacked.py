@@ -20,7 +20,7 @@ import ldpruner
 from ldpruner.operators import Call
 from ldpruner.recovery.trainable import Learner
 from ldpruner.surgery import trial
-from stacking import CHOSEN, FAMILIES, SIZE, Lora, Stacked, build, controlnet, generated, image_prompt_weights
+from stacking import CHOSEN, SIZE, Lora, Stacked, controlnet, generated, image_prompt_weights
 
 # of diffusers' own schedulers, with NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
@@ -37,21 +37,6 @@ SCHEDULERS = [
     "LCMScheduler",
     "UniPCMultistepScheduler",
 ]
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stacked]:
-    return {family: build(family, tmp_path_factory.mktemp("stacked") / family) for family in FAMILIES}
-
-
-@pytest.fixture(params=FAMILIES)
-def stacked(request: pytest.FixtureRequest, families: dict[str, Stacked]) -> Stacked:
-    return families[request.param]
-
-
-@pytest.fixture
-def sd(families: dict[str, Stacked]) -> Stacked:
-    return families["sd"]
 
 
 @pytest.fixture

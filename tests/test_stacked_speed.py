@@ -17,28 +17,13 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 import ldpruner
 from ldpruner import surgery
 from ldpruner.opening import _DTYPE, FORMAT_MODULE
-from stacking import FAMILIES, Stacked, build, generated, is_stand_in
+from stacking import Stacked, generated, is_stand_in
 
 HALVES = [torch.float16, torch.bfloat16]
 ACCELERATED = torch.accelerator.is_available()
 
 # of diffusers' own schedulers, with NumPy 2
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Stacked]:
-    return {family: build(family, tmp_path_factory.mktemp("stacked") / family) for family in FAMILIES}
-
-
-@pytest.fixture(params=FAMILIES)
-def stacked(request: pytest.FixtureRequest, families: dict[str, Stacked]) -> Stacked:
-    return families[request.param]
-
-
-@pytest.fixture
-def sd(families: dict[str, Stacked]) -> Stacked:
-    return families["sd"]
 
 
 def with_loader(folder: Path, stacked: Stacked) -> Path:

@@ -19,7 +19,8 @@ from ldpruner.environment import environment
 from ldpruner.errors import ArtifactError
 from ldpruner.files import cache_folder, write_json
 from ldpruner.operators.timing import device_of, seconds
-from ldpruner.operators.tracing import Call, architecture, tensors_in
+from ldpruner.operators.tracing import Call, architecture
+from ldpruner.operators.watching import tensors_in
 from ldpruner.processes import Crew
 
 log = logging.getLogger(__name__)

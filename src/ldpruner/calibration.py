@@ -13,7 +13,8 @@ from ldpruner.fitting import blank
 from ldpruner.latencies import Reading, Readings, Times, learned, random_plans
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.layouts import layouts, relaid
-from ldpruner.operators.tracing import Call, tensors_in
+from ldpruner.operators.tracing import Call
+from ldpruner.operators.watching import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Operators, Repairing, corrected
 from ldpruner.record import Measurement

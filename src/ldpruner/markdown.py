@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import yaml
+
 MARKER = "<!-- Below this line the card is yours: ldpruner keeps what you write here when it writes the rest anew. -->"
 NOT_EMA = (
     '"Pruned" here means that operators of the denoiser are gone. It does not mean that EMA weights were stripped from a '
@@ -30,7 +32,7 @@ def header_of(card: str) -> dict[str, Any]:
     try:
         data: Any = ModelCard(card, ignore_metadata_errors=True).data
         return dict(data.to_dict())
-    except Exception:  # whatever a YAML parser, or a check of its outcome, raises
+    except (yaml.YAMLError, ValueError, TypeError, AttributeError, KeyError):  # of the YAML, or of a check of what it says
         return {}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ldpruner.operators.tracing import Source, Traced
+from ldpruner.operators.watching import Source, Traced
 from ldpruner.plans import Cost
 from ldpruner.registry import Registry
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from ldpruner.operators.tracing import Call, tensors_in
+from ldpruner.operators.tracing import Call
+from ldpruner.operators.watching import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ldpruner.errors import ArtifactError
-from ldpruner.operators.tracing import Call, tensors_in
+from ldpruner.operators.tracing import Call
+from ldpruner.operators.watching import tensors_in
 from ldpruner.plans import Edit, Plan
 from ldpruner.surgery import Fitted, correction_of, of_kept, place, trial, with_weights
 

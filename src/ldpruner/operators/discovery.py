@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_map
 from ldpruner.ldpruner_v1 import build
 from ldpruner.operators.stages import stage_of_blocks
 from ldpruner.operators.timing import device_of, time_modules, time_pointwise
-from ldpruner.operators.tracing import Call, Trace, Traced, architecture, on_meta, tensors_in, trace
+from ldpruner.operators.tracing import Call, Trace, architecture, on_meta, trace
+from ldpruner.operators.watching import Traced, tensors_in
 from ldpruner.plans import Candidate, Cost, Edit, Operator, Operators, dead_edit, outermost, within
 from ldpruner.replacements import REPLACEMENTS, pointwise_cost, zeros_like_output
 

@@ -28,7 +28,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ldpruner.errors import PipelineError
 from ldpruner.operators.conventions import GRIDS, TEXT, UNKNOWN, Facts, Shape, anything, mapped, shapes_in, with_size
-from ldpruner.operators.tracing import Call, meta_copy, on_meta, tensors_in
+from ldpruner.operators.tracing import Call, meta_copy, on_meta
+from ldpruner.operators.watching import tensors_in
 from ldpruner.registry import Registry
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from ldpruner.errors import PipelineError
-from ldpruner.operators.tracing import Call, tensors_in, weights_digest
+from ldpruner.operators.tracing import Call, weights_digest
+from ldpruner.operators.watching import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
 from ldpruner.recovery.rows import Maker, Named, Rows, key_of

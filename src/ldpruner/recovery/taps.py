@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ldpruner.operators.tracing import Call, Trace, tensors_in, trace
+from ldpruner.operators.tracing import Call, Trace, trace
+from ldpruner.operators.watching import tensors_in
 from ldpruner.surgery import removed_operators
 
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldpruner.ldpruner_v1 import channel_axis
-from ldpruner.operators.tracing import Call, Traced, tensors_in, trace
+from ldpruner.operators.tracing import Call, trace
+from ldpruner.operators.watching import Traced, tensors_in
 from ldpruner.plans import Edit, Score
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.ledger import Key, key_of

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ldpruner.errors import PipelineError
-from ldpruner.operators.tracing import Call, tensors_in
+from ldpruner.operators.tracing import Call
+from ldpruner.operators.watching import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.probes import Probe
 from ldpruner.trajectories import recording

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ldpruner.operators.tracing import tensors_in
+from ldpruner.operators.watching import tensors_in
 from ldpruner.plans import Edit
 from ldpruner.scoring.base import Asked
 from ldpruner.scoring.denoising import questions

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ldpruner.operators.tracing import Call, tensors_in
+from ldpruner.operators.tracing import Call
+from ldpruner.operators.watching import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Score
 from ldpruner.scoring.base import SCORERS, Asked, Scorer

@@ -1,0 +1,201 @@
+"""What is not offered, and how: what a denoiser's own code does with an operator decides what can stand in for it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ldpruner import Edit, discover
+from ldpruner.errors import PipelineError
+from ldpruner.ldpruner_v1 import build
+from ldpruner.operators import Call
+from ldpruner.operators.discovery import DeadCode
+from ldpruner.plans import Operators
+from ldpruner.surgery import trial
+
+
+def found_in(module: nn.Module, *inputs: Tensor) -> Operators:
+    torch.manual_seed(0)
+    return discover(module.eval(), Call(inputs, {}), timing_repeats=0)
+
+
+def ways(operators: Operators, name: str) -> set[str]:
+    """The replacements of an operator; none where it is no operator."""
+    return {candidate.replacement for operator in operators.operators if operator.name == name for candidate in operator.candidates}
+
+
+class Outer(nn.Module):
+    """Two maps, of which each test's denoiser does something of its own with the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.last = nn.Linear(8, 8)
+
+
+class WritesInPlace(Outer):
+    def forward(self, latents: Tensor) -> Tensor:
+        made = self.first(latents)
+        made[:, :1] = made[:, :1].cos()
+        result: Tensor = self.last(made) + latents
+        return result
+
+
+def test_nothing_that_is_its_input_stands_in_for_what_is_written_in_place_later() -> None:
+    operators = found_in(WritesInPlace(), torch.randn(2, 4, 8))
+    assert ways(operators, "first") == set()
+    assert "identity" in ways(operators, "last")
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.SiLU())
+
+    def forward(self, latents: Tensor) -> Tensor:
+        result: Tensor = latents + self.inner(latents)
+        return result
+
+
+class LooksInto(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.looked, self.left = Block(), Block()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        scale = len(self.looked.inner[0].weight) ** -0.5
+        result: Tensor = self.left(self.looked(latents) * scale)
+        return result
+
+
+def test_what_code_further_out_reads_parts_of_stays() -> None:
+    operators = found_in(LooksInto(), torch.randn(2, 4, 8))
+    assert ways(operators, "looked.inner") == set()
+    assert ways(operators, "looked") == {"shortcut"}, "which keeps what is looked at"
+    assert ways(operators, "left.inner") >= {"identity", "zero"}
+
+
+class AsksForADtype(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Sequential(nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8))
+
+    def forward(self, latents: Tensor) -> Tensor:
+        result: Tensor = latents + self.embed(latents.to(next(self.embed.parameters()).dtype))
+        return result
+
+
+def test_a_module_that_is_asked_for_a_parameter_keeps_one() -> None:
+    model = AsksForADtype()
+    operators = found_in(model, torch.randn(2, 4, 8))
+    assert ways(operators, "embed.0") == set()
+    assert "identity" in ways(operators, "embed.2")
+    everything = [
+        Edit(operator=o.name, replacement=c.replacement, options=c.options) for o, c in operators.pairs() if "." in o.name
+    ]
+    with trial(model, [edit for edit in everything if edit.replacement == "identity"]):
+        model(torch.randn(2, 4, 8))
+
+
+class Modulates(Outer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+
+    def forward(self, latents: Tensor, time: Tensor) -> Tensor:
+        result: Tensor = self.norm(self.last(latents)) * (1 + self.first(time)) + self.first.bias
+        return result
+
+
+def test_no_edit_is_offered_after_which_the_output_knows_nothing_of_the_latents() -> None:
+    operators = found_in(Modulates(), torch.randn(2, 4, 8), torch.randn(2, 1, 8))
+    assert "zero" not in ways(operators, "norm"), "it is only scaled and added to, and so a branch, but all that there is of them"
+    assert "identity" in ways(operators, "norm")
+
+
+class TokensOnAGrid(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.map, self.wave = nn.Linear(8, 8), nn.Conv1d(8, 8, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        rows = latents + self.map(latents)
+        result: Tensor = self.wave(rows.flatten(1, 2).mT)
+        return result
+
+
+def test_a_pointwise_map_mixes_channels_where_the_operator_has_them() -> None:
+    model = TokensOnAGrid()
+    operators = found_in(model, torch.randn(2, 3, 5, 8))
+    grid, wave = operators["map"], operators["wave"].candidate("pointwise")
+    assert grid.axis == -1
+    assert wave.options["axis"] == 1
+    assert wave.options["channels"] == [8, 8]
+    assert build("pointwise", dict(wave.options), model.wave)(torch.randn(2, 8, 21)).shape == (2, 8, 21), "whatever the length"
+
+
+class LooksAtNumbers(Outer):
+    def forward(self, latents: Tensor, mask: Tensor) -> Tensor:
+        kept = latents[:, : int(mask.sum().item())]
+        result: Tensor = kept + self.last(self.first(kept))
+        return result
+
+
+def test_a_denoiser_whose_code_looks_at_numbers_is_traced_with_them() -> None:
+    operators = found_in(LooksAtNumbers(), torch.randn(2, 4, 8), torch.tensor([1, 1, 0, 0]))
+    assert operators["first"].output_shape == (2, 2, 8)
+    assert operators.total.macs == 2 * (2 * 8 * 8), "as many as there are tokens left, of one sample"
+
+
+class NeverUses(Outer):
+    def forward(self, latents: Tensor) -> Tensor:
+        self.first(latents)
+        result: Tensor = latents + self.last(latents)
+        return result
+
+
+def test_what_the_original_never_uses_is_given_no_weights() -> None:
+    assert "pointwise" not in ways(found_in(NeverUses(), torch.randn(2, 4, 8)), "first")
+
+
+class Chain(Outer):
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Conv2d(8, 8, 3, padding=1)
+        self.end = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        result: Tensor = latents + self.end(self.middle(latents))
+        return result
+
+
+def test_a_stand_in_that_nothing_reads_any_more_goes_too() -> None:
+    model, call = Chain().eval(), Call((torch.randn(2, 8, 4, 4),), {})
+    operators = discover(model, call, timing_repeats=0)
+    edits = [
+        Edit(operator=name, replacement=way, options=operators[name].candidate(way).options)
+        for name, way in (("middle", "pointwise"), ("end", "zero"))
+    ]
+    assert [(edit.operator, edit.replacement, edit.reason) for edit in DeadCode(model, call, operators).completed(edits)] == [
+        ("middle", "zero", "dead"),
+        ("end", "zero", "chosen"),
+    ]
+
+
+class Refuses(Outer):
+    def forward(self, latents: Tensor) -> Tensor:
+        raise RuntimeError("expected another dtype")
+
+
+def test_a_call_that_cannot_be_made_at_all_is_told_in_one_line() -> None:
+    with pytest.raises(PipelineError, match=r"^Refuses: its call cannot be traced \(expected another dtype\)\.$"):
+        found_in(Refuses(), torch.randn(2, 4, 8))
+
+
+def test_a_denoiser_without_weights_stays_as_it_was() -> None:
+    with torch.device("meta"):
+        model = Outer()
+    model.forward = lambda latents: latents + model.last(model.first(latents))  # type: ignore[method-assign]
+    discover(model, Call((torch.randn(2, 4, 8),), {}), timing_repeats=0)
+    assert all(parameter.requires_grad for parameter in model.parameters())
