@@ -18,9 +18,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "families"))
 
 from loading import LIBRARY, Loader  # noqa: E402
-from page import page  # noqa: E402
 from run import kept_lines  # noqa: E402
 from specimens import specimens  # noqa: E402
+from table import page  # noqa: E402
 from walk import walk  # noqa: E402
 
 KNOWN = specimens()

@@ -109,7 +109,7 @@ class Placed(nn.Module):
         self.map = nn.Linear(3, 3)
 
     def forward(self, latents: Tensor) -> Tensor:
-        result: Tensor = self.map(latents) + self.position(torch.ones_like(latents[:1]))
+        result: Tensor = latents + self.map(latents) + self.position(torch.ones_like(latents[:1]))
         return result
 
 

@@ -212,14 +212,30 @@ class _Survey:
     def _runs(self, entry: Traced, replacement: str, options: dict[str, Any]) -> bool:
         """Whether the module around the operator gives what it gave before; what reads its parts from further away, see above.
 
-        Blocks of a denoiser are alike: what ran in one of the same make that was given the same shapes is not tried again.
+        Blocks of a denoiser are alike: what ran in one of the same make that was given the same shapes is not tried again. Without
+        numbers the operator's siblings give what they gave: they would only go through the same shapes again.
         """
         around = self._called_around(entry.name.rpartition(".")[0])
         make = self._make(around, entry.name), replacement, json.dumps(options)
         if make not in self._known:
-            with self._swapped(entry.name, replacement, options):
-                self._known[make] = self._gives_the_same(around)
+            siblings = list(self._siblings(around, entry.name)) if on_meta(self.tried_in) else []
+            with self._swapped(entry.name, replacement, options) as stand_in, _repeating(siblings), _noted(stand_in) as made:
+                fits = self._gives_the_same(around)
+            self._known[make] = fits and all(_shapes(output) == _shapes(entry.output) for output in made)
         return self._known[make]
+
+    def _siblings(self, around: Traced, operator: str) -> Iterator[Traced]:
+        """What the module around an operator calls once beside it, however deep in lists."""
+        waiting = [(around.name, around.module)]
+        while waiting:
+            path, module = waiting.pop()
+            for name, child in module.named_children():
+                inside = f"{path}.{name}" if path else name
+                entry = self.trace.modules.get(inside)
+                if within(operator, inside) or entry is None or entry.calls > 1:
+                    waiting += [(inside, child)] if inside != operator else []
+                else:
+                    yield entry
 
     def _make(self, around: Traced, operator: str) -> str:
         """What a trial depends on: a module's structure and settings, what it was given, and the path of the operator in it."""
@@ -232,13 +248,13 @@ class _Survey:
         return self._makes[around.name] + operator[len(around.name) :]
 
     @contextmanager
-    def _swapped(self, path: str, replacement: str, options: dict[str, Any]) -> Iterator[None]:
+    def _swapped(self, path: str, replacement: str, options: dict[str, Any]) -> Iterator[nn.Module]:
         """The denoiser in which stand-ins are tried with this one in it, for as long as the block runs."""
         parent, _, name = path.rpartition(".")
         siblings, module = self.tried_in.get_submodule(parent)._modules, self.tried_in.get_submodule(path)
         siblings[name] = build(replacement, options, module).to(next(module.parameters(), self.like))
         try:
-            yield
+            yield siblings[name]
         finally:
             siblings[name] = module
 
@@ -319,6 +335,29 @@ def _zeros(leaf: Any, device: torch.device) -> Any:
 def _kept_for_its_parameters(operator: Operator) -> Operator:
     candidates = tuple(c for c in operator.candidates if c.replacement in HOLDING)
     return replace(operator, candidates=candidates, if_dead=None)
+
+
+@contextmanager
+def _repeating(traced: Sequence[Traced]) -> Iterator[None]:
+    """While the block runs, these modules give what they gave in the call that was watched, whatever they are asked."""
+    for entry in traced:
+        entry.module.__dict__["forward"] = lambda *_, output=entry.output, **__: output
+    try:
+        yield
+    finally:
+        for entry in traced:
+            del entry.module.__dict__["forward"]
+
+
+@contextmanager
+def _noted(module: nn.Module) -> Iterator[list[Any]]:
+    """What a module gives while the block runs."""
+    made: list[Any] = []
+    handle = module.register_forward_hook(lambda *seen: made.append(seen[-1]))
+    try:
+        yield made
+    finally:
+        handle.remove()
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:

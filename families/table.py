@@ -1,4 +1,4 @@
-"""Write docs/families.md from the lines of `families/run.py`: `python families/page.py`."""
+"""Write docs/families.md from the lines of `families/run.py`: `python families/table.py`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Every denoiser class of diffusers, built tiny and random (`families/specimens/`)
 4. it is saved in the three forms, portable, plugin and dense, and loaded in another process: bit-equal outputs;
 5. a backward pass reaches every parameter that is left.
 
-`python families/run.py && python families/page.py` writes this page; `make test-all` has a test for each row. A tiny random
+`python families/run.py && python families/table.py` writes this page; `make test-all` has a test for each row. A tiny random
 denoiser says that the tool works on a class, not how much can be removed from a trained one.
 """
 NOTES = """
