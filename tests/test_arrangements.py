@@ -46,7 +46,7 @@ def test_rounds_are_timed_in_turn_and_the_median_counts(ldm: Pipeline, monkeypat
     def times() -> Iterator[float]:
         for pair in taken:
             for value in pair:
-                yield from [value + 1, value, value + 2]
+                yield from [(value + 1) / 16, value / 16, (value + 2) / 16]
 
     clock = times()
 
@@ -57,6 +57,17 @@ def test_rounds_are_timed_in_turn_and_the_median_counts(ldm: Pipeline, monkeypat
     monkeypatch.setattr(arrangements, "seconds", seconds)
     assert channels_last_ratio(ldm.denoiser, ldm.call(PROBE)) == 0.75
     assert laid == [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3 + [True] * 3 + [False] * 3
+
+
+def test_calls_that_take_long_are_timed_once_a_round(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = iter([7.0, 8.0, 7.0, 7.0, 8.0, 7.0])
+    monkeypatch.setattr(arrangements, "seconds", lambda *_: next(taken))
+    assert channels_last_ratio(ldm.denoiser, ldm.call(PROBE)) == 1.0
+
+
+def test_a_method_of_few_calls_measures_nothing(ldm: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrangements, "channels_last_ratio", lambda *_: pytest.fail("measured"))
+    assert score(ldm, PROBE, method="magnitude", tell=pytest.fail).scores
 
 
 @pytest.fixture

@@ -175,10 +175,10 @@ class _Work:
         asked = replace(asked, edits_at_once=shared)
         coming, found = scorer.scores(replace(asked, edits=to_do)) if to_do else iter(()), dict[Key, Score]()
         call = self.pipeline.call(self.probe, samples=min(self.probe.samples, asked.batch_size or self.probe.samples))
-        laid = self._channels_last(call)
+        calls = scorer.cost(len(to_do), self.probe) / (asked.batch_size or self.probe.samples) / self.crew.size
+        laid = self._channels_last(call, calls)
         if self.store and self.crew.leads and asked.operators:
             self.store.begin(asked.operators, dict(asked.fitted), channels_last=laid, edits_at_once=shared)
-        calls = scorer.cost(len(to_do), self.probe) / (asked.batch_size or self.probe.samples) / self.crew.size
         arranged = fastest(self.pipeline.denoiser, call, self.crew, self.tell, channels_last=laid, calls=calls)
         with encoding_once(self.pipeline), arranged:
             for entry in progress(coming, len(known), len(asked.edits)) if progress else coming:
@@ -188,11 +188,14 @@ class _Work:
         known |= self.crew.gathered(found)
         return tuple(known[key_of(edit)] for edit in asked.edits)
 
-    def _channels_last(self, call: Call) -> bool:
-        """How weights lie: as the run began, so that it goes on to the same bits, or as the first process measures to be faster."""
+    def _channels_last(self, call: Call, calls: float) -> bool:
+        """How weights lie: as the run began, so that it goes on to the same bits, or as the first process measures to be faster.
+
+        Where there are too few calls to prepare for, nothing is measured: that would cost more than it saves.
+        """
         found = self.store.channels_last if self.store else None
         if found is None and self.crew.leads:
-            found = channels_last_pays(self.pipeline.denoiser, call, self.tell)
+            found = calls > 0 and channels_last_pays(self.pipeline.denoiser, call, self.tell)
         return self.crew.leaders(found)
 
     def _edits_at_once(self, few: int, samples: int | None, to_do: Sequence[Edit]) -> int:
