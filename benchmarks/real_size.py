@@ -1,7 +1,8 @@
 """Prune denoisers of real size on a small machine: what they cost, the memory at most, the time beside the model's own.
 
     python benchmarks/real_size.py sd15      # Stable Diffusion 1.5's denoiser, 859.5 M random weights: the whole way
-    python benchmarks/real_size.py counts    # that and SDXL's, 2.57 B parameters, and BK-SDM's, counted without weights
+    python benchmarks/real_size.py sdxl      # SDXL's, 2.57 B random weights, for pictures of 512 x 512: the whole way
+    python benchmarks/real_size.py counts    # both, and BK-SDM's, counted without weights
 
 Weights are random, so nothing is said of quality: scores are magnitudes, which need no generation. The rest is what a user runs:
 inspect, a timed table of operators, a plan for 65 % of the latency, prune, save, load, one generation step.
@@ -25,10 +26,10 @@ from typing import Any, get_args
 import psutil
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import ldpruner
 from ldpruner.environment import environment
@@ -56,29 +57,31 @@ SDXL = {
     "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
 }  # stable-diffusion-xl-base-1.0, unet/config.json
+UNETS: dict[str, dict[str, Any]] = {"sd15": SD15, "sdxl": SDXL}
+CALLS: dict[str, dict[str, Any]] = {"sd15": {}, "sdxl": {"height": 512, "width": 512}}  # what is said of the pipeline's call
 
 
-def sd15_folder(folder: Path) -> None:
-    """Write a pipeline whose denoiser has Stable Diffusion 1.5's size; its text encoder and its decoder are small."""
+def write_folder(size: str, folder: Path) -> None:
+    """Write a pipeline whose denoiser has that size and random weights; its text encoders and its decoder are small."""
     torch.manual_seed(0)
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
     tokenizer = CLIPTokenizer(vocab={word: number for number, word in enumerate(words)}, merges=[], model_max_length=77)
-    text = CLIPTextConfig(
-        vocab_size=len(words), hidden_size=768, num_hidden_layers=1, bos_token_id=0, eos_token_id=1, pad_token_id=1
-    )
-    ends = (f"{end}EncoderBlock2D" for end in ("Down",) * 4), (f"{end}DecoderBlock2D" for end in ("Up",) * 4)
-    down, up = (tuple(names) for names in ends)
-    pipe = StableDiffusionPipeline(
-        vae=AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=down, up_block_types=up, latent_channels=4),
-        text_encoder=CLIPTextModel(text),
-        tokenizer=tokenizer,
-        unet=UNet2DConditionModel(**SD15),
-        scheduler=PNDMScheduler(skip_prk_steps=True, steps_offset=1),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+
+    def text(width: int) -> CLIPTextConfig:
+        ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1}
+        return CLIPTextConfig(vocab_size=len(words), hidden_size=width, num_hidden_layers=1, projection_dim=width, **ends)
+
+    down, up = ((f"{way}{end}Block2D",) * 4 for way, end in (("Down", "Encoder"), ("Up", "Decoder")))
+    vae = AutoencoderKL(block_out_channels=(32,) * 4, down_block_types=down, up_block_types=up, latent_channels=4)
+    parts: dict[str, Any] = {"vae": vae, "tokenizer": tokenizer, "text_encoder": CLIPTextModel(text(768))}
+    parts["unet"], parts["scheduler"] = UNet2DConditionModel(**UNETS[size]), PNDMScheduler(skip_prk_steps=True, steps_offset=1)
+    if size == "sdxl":
+        parts |= {"tokenizer_2": tokenizer, "text_encoder_2": CLIPTextModelWithProjection(text(1280))}
+        pipe: Any = StableDiffusionXLPipeline(**parts)
+    else:
+        nothing = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+        pipe = StableDiffusionPipeline(**parts, **nothing)
     pipe.save_pretrained(folder, max_shard_size="1GB")
 
 
@@ -138,10 +141,10 @@ def memory() -> float:
     return float(psutil.Process().memory_info().rss)
 
 
-def whole_way(folder: Path, out: Path, rounds: int) -> dict[str, Any]:
+def whole_way(folder: Path, out: Path, rounds: int, asked: dict[str, Any]) -> dict[str, Any]:
     """Everything from loading to a generation step with the pruned model, watched."""
     watch, empty = Watch(), memory()
-    probe = Probe(samples=2, num_inference_steps=1, guidance_scale=1.0, prompts=("a cat", "a dog"))
+    probe = Probe(samples=2, num_inference_steps=1, guidance_scale=1.0, prompts=("a cat", "a dog"), call=asked)
     with watch.stage("load"):
         pipeline = ldpruner.load(folder)
     watch.follow(pipeline.denoiser)
@@ -222,7 +225,7 @@ def attention_macs(denoiser: nn.Module, call: Call) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prune denoisers of real size on a small machine.")
-    parser.add_argument("what", choices=["sd15", "counts"])
+    parser.add_argument("what", choices=[*UNETS, "counts"])
     parser.add_argument("--work", type=Path, default=Path("runs/real-size"))
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/real-size"))
     parser.add_argument("--rounds", type=int, default=3, help="Readings of each plan's latency.")
@@ -232,12 +235,14 @@ def main() -> None:
         write_json(given.out / "counts.json", found)
         print(json.dumps(found, indent=1))
         return
-    folder = given.work / "sd15"
+    work = given.work / given.what
+    folder = work / "original"
     if not (folder / "model_index.json").is_file():  # by another process: what it takes does not count here
         code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import real_size; from pathlib import Path; "
-        subprocess.run([sys.executable, "-c", f"{code}real_size.sd15_folder(Path({str(folder)!r}))"], check=True)
-    found = whole_way(folder, given.work, given.rounds)
-    write_json(given.out / "sd15.json", found)
+        code += f"real_size.write_folder({given.what!r}, Path({str(folder)!r}))"
+        subprocess.run([sys.executable, "-c", code], check=True)
+    found = whole_way(folder, work, given.rounds, CALLS[given.what])
+    write_json(given.out / f"{given.what}.json", found)
     print(json.dumps({name: value for name, value in found.items() if name != "stages"}, indent=1))
 
 

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from ldpruner import Edit, discover
 from ldpruner.errors import PipelineError
 from ldpruner.ldpruner_v1 import build
-from ldpruner.operators import Call
+from ldpruner.operators import Call, discovery
 from ldpruner.operators.discovery import DeadCode
+from ldpruner.operators.repeating import repeating
+from ldpruner.operators.watching import Traced
 from ldpruner.plans import Operators
 from ldpruner.surgery import trial
 
@@ -199,3 +201,48 @@ def test_a_denoiser_without_weights_stays_as_it_was() -> None:
     model.forward = lambda latents: latents + model.last(model.first(latents))  # type: ignore[method-assign]
     discover(model, Call((torch.randn(2, 4, 8),), {}), timing_repeats=0)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class LooksAtLayout(Outer):
+    """Its last map is given a view, which what stands in for the first may not have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = Viewing()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        result: Tensor = latents + self.last(self.first(latents))
+        return result
+
+
+class Viewing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+
+    def forward(self, made: Tensor) -> Tensor:
+        result: Tensor = self.inner(made.view(-1, 8)).view(made.shape)
+        return result
+
+
+def test_shapes_tell_what_numbers_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    with_numbers = found_in(LooksAtLayout(), torch.randn(2, 4, 8))
+    monkeypatch.setattr(discovery, "CHEAP", 0.0)
+    assert found_in(LooksAtLayout(), torch.randn(2, 4, 8)) == with_numbers
+    assert with_numbers["first"].if_dead is None, "zeros that take no memory cannot be viewed so"
+    assert with_numbers["last"].if_dead is not None
+
+
+def test_a_module_repeats_what_it_gave_to_what_lies_in_memory_the_same_way() -> None:
+    layer, ran = nn.Linear(4, 4), list[Tensor]()
+    given, output = torch.ones(3, 4), torch.zeros(3, 4)
+    layer.__dict__["forward"] = lambda made, scale=1.0: ran.append(made) or made * scale  # as hooks of accelerate set it
+    hooked = layer.forward
+    with repeating([Traced("layer", layer, given=((given,), {"scale": 2.0}), output=output)]):
+        assert layer(torch.randn(3, 4), scale=2.0) is output
+        assert not ran
+        others = (torch.ones(4, 3).T, {"scale": 2.0}), (given, {"scale": 3.0}), (given.double(), {"scale": 2.0}), (given, {})
+        for other, scale in others:
+            assert layer(other, **scale) is not output
+        assert len(ran) == len(others)
+    assert layer.forward is hooked

@@ -17,6 +17,7 @@ import pytest
 from diffusers import VQModel
 from PIL import Image
 
+import ldpruner
 from conftest import tiny_audio, tiny_ldm, tiny_stable_diffusion
 from ldpruner import Probe
 from ldpruner.files import read_json_lines
@@ -289,6 +290,27 @@ def test_what_scoring_costs_at_real_size_is_told_of_a_smaller_one(script: Callab
     assert FastScorer().fixed(probe) < fast["passes"] <= FastScorer().cost(fast["edits"], probe) + 4 * 48 + 8, (
         "fitting, and a trial"
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["sd15", "sdxl"])
+def test_the_whole_way_at_real_size_is_watched_in_small(size: str, tmp_path: Path) -> None:
+    made = runpy.run_path(str(ROOT / "benchmarks" / "real_size.py"))
+    small = {"sample_size": 16, "block_out_channels": (32,) * (4 if size == "sd15" else 3), "attention_head_dim": 8}
+    made["UNETS"][size].update(small | ({} if size == "sd15" else {"transformer_layers_per_block": 1}))
+    made["write_folder"](size, tmp_path / "original")
+    asked = {"height": 128, "width": 128} if made["CALLS"][size] else {}
+    found = made["whole_way"](tmp_path / "original", tmp_path, 3, asked)
+    assert list(found["stages"])[:3] == ["load", "one call", "inspect"]
+    assert list(found["stages"])[-3:] == ["save", "load again", "one generation step"]
+    for stage in found["stages"].values():
+        assert -1e-3 < stage["seconds_beside_the_model"] <= stage["seconds"]
+        assert stage["peak_bytes"] > found["limit"]["weights"] > 0
+    assert found["latency_ratio"] < 0.9
+    assert found["edits"] > 5
+    counted = made["counted"](made["UNETS"][size])
+    assert counted["params"] == sum(p.numel() for p in ldpruner.load(tmp_path / "original").denoiser.parameters())
+    assert 0 < counted["macs_but_for_attention"] < counted["macs"]
 
 
 @pytest.mark.slow

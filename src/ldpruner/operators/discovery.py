@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ldpruner.ldpruner_v1 import build
+from ldpruner.operators.repeating import repeating
 from ldpruner.operators.stages import stage_of_blocks
 from ldpruner.operators.timing import device_of, time_modules, time_pointwise
 from ldpruner.operators.tracing import Call, Trace, architecture, on_meta, trace
@@ -213,15 +214,14 @@ class _Survey:
         """Whether the module around the operator gives what it gave before; what reads its parts from further away, see above.
 
         Blocks of a denoiser are alike: what ran in one of the same make that was given the same shapes is not tried again. Without
-        numbers the operator's siblings give what they gave: they would only go through the same shapes again.
+        numbers, siblings that are given the like give what they gave: they would only go through the same shapes again.
         """
         around = self._called_around(entry.name.rpartition(".")[0])
         make = self._make(around, entry.name), replacement, json.dumps(options)
         if make not in self._known:
             siblings = list(self._siblings(around, entry.name)) if on_meta(self.tried_in) else []
-            with self._swapped(entry.name, replacement, options) as stand_in, _repeating(siblings), _noted(stand_in) as made:
-                fits = self._gives_the_same(around)
-            self._known[make] = fits and all(_shapes(output) == _shapes(entry.output) for output in made)
+            with self._swapped(entry.name, replacement, options), repeating(siblings):
+                self._known[make] = self._gives_the_same(around)
         return self._known[make]
 
     def _siblings(self, around: Traced, operator: str) -> Iterator[Traced]:
@@ -248,13 +248,13 @@ class _Survey:
         return self._makes[around.name] + operator[len(around.name) :]
 
     @contextmanager
-    def _swapped(self, path: str, replacement: str, options: dict[str, Any]) -> Iterator[nn.Module]:
+    def _swapped(self, path: str, replacement: str, options: dict[str, Any]) -> Iterator[None]:
         """The denoiser in which stand-ins are tried with this one in it, for as long as the block runs."""
         parent, _, name = path.rpartition(".")
         siblings, module = self.tried_in.get_submodule(parent)._modules, self.tried_in.get_submodule(path)
         siblings[name] = build(replacement, options, module).to(next(module.parameters(), self.like))
         try:
-            yield siblings[name]
+            yield
         finally:
             siblings[name] = module
 
@@ -335,29 +335,6 @@ def _zeros(leaf: Any, device: torch.device) -> Any:
 def _kept_for_its_parameters(operator: Operator) -> Operator:
     candidates = tuple(c for c in operator.candidates if c.replacement in HOLDING)
     return replace(operator, candidates=candidates, if_dead=None)
-
-
-@contextmanager
-def _repeating(traced: Sequence[Traced]) -> Iterator[None]:
-    """While the block runs, these modules give what they gave in the call that was watched, whatever they are asked."""
-    for entry in traced:
-        entry.module.__dict__["forward"] = lambda *_, output=entry.output, **__: output
-    try:
-        yield
-    finally:
-        for entry in traced:
-            del entry.module.__dict__["forward"]
-
-
-@contextmanager
-def _noted(module: nn.Module) -> Iterator[list[Any]]:
-    """What a module gives while the block runs."""
-    made: list[Any] = []
-    handle = module.register_forward_hook(lambda *seen: made.append(seen[-1]))
-    try:
-        yield made
-    finally:
-        handle.remove()
 
 
 def _settings(module: nn.Module) -> list[tuple[str, Any]]:

@@ -6,11 +6,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from ldpruner.plans import Score
 from ldpruner.scoring.base import SCORERS, Asked, Scorer
 from ldpruner.scoring.shared import scored, stand_in
+
+PART = 1 << 20  # numbers that are looked at at once: magnitudes of a large layer would take as much memory as it does
 
 
 @SCORERS.register("magnitude")
@@ -36,4 +39,5 @@ def mean_magnitude(operator: nn.Module, kept: nn.Module) -> float:
     still = {id(parameter) for parameter in kept.parameters()}
     gone = [parameter.detach() for parameter in operator.parameters() if id(parameter) not in still]
     count = sum(parameter.numel() for parameter in gone)
-    return sum(float(parameter.abs().double().sum()) for parameter in gone) / count if count else 0.0
+    parts = (part for parameter in gone for part in torch.split(parameter.flatten(), PART))
+    return sum(float(part.abs().sum(dtype=torch.float64)) for part in parts) / count if count else 0.0
