@@ -204,33 +204,34 @@ def test_a_denoiser_without_weights_stays_as_it_was() -> None:
 
 
 class LooksAtLayout(Outer):
-    """Its last map is given a view, which what stands in for the first may not have."""
+    """Its last map is given what lies in memory as the first map's input does, where that is what stands in for it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.last = Viewing()
 
     def forward(self, latents: Tensor) -> Tensor:
-        result: Tensor = latents + self.last(self.first(latents))
+        result: Tensor = latents + self.last(self.first(latents.transpose(1, 2)).transpose(1, 2))
         return result
 
 
 class Viewing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(8, 8)
+        self.inner = nn.Linear(64, 64)
 
     def forward(self, made: Tensor) -> Tensor:
-        result: Tensor = self.inner(made.view(-1, 8)).view(made.shape)
+        result: Tensor = self.inner(made.transpose(1, 2).view(len(made), 64)).view(made.shape)
         return result
 
 
 def test_shapes_tell_what_numbers_tell(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_numbers = found_in(LooksAtLayout(), torch.randn(2, 4, 8))
+    with_numbers = found_in(LooksAtLayout(), torch.randn(2, 8, 8))
     monkeypatch.setattr(discovery, "CHEAP", 0.0)
-    assert found_in(LooksAtLayout(), torch.randn(2, 4, 8)) == with_numbers
-    assert with_numbers["first"].if_dead is None, "zeros that take no memory cannot be viewed so"
-    assert with_numbers["last"].if_dead is not None
+    assert found_in(LooksAtLayout(), torch.randn(2, 8, 8)) == with_numbers
+    assert "identity" not in ways(with_numbers, "first"), "it would give what cannot be viewed so"
+    assert with_numbers["first"].if_dead is not None
+    assert "identity" in ways(with_numbers, "last")
 
 
 def test_a_module_repeats_what_it_gave_to_what_lies_in_memory_the_same_way() -> None:

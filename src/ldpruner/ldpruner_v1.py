@@ -79,7 +79,7 @@ class Identity(StandIn):
 
 
 class Zero(StandIn):
-    """Returns zeros that hold the memory of one row. Options: `returns`, per output a source and a shape made from the source's.
+    """Returns zeros. Options: `returns`, per output a source and a shape made from the source's.
 
     With `correction`, a number of channels, the one output is a constant per channel instead.
     """
@@ -92,8 +92,7 @@ class Zero(StandIn):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         zeros = tuple(self._zeros(self.pick(piece["source"], args, kwargs), piece["shape"]) for piece in self.options["returns"])
         if "correction" in self.options:
-            shift = self.shift.clone()  # a view of a parameter itself, made without gradients, breaks PyTorch's module tracker
-            return along(channel_axis(zeros[0].ndim, self.options), shift, zeros[0].ndim).expand(zeros[0].shape)
+            return zeros[0] + along(channel_axis(zeros[0].ndim, self.options), self.shift, zeros[0].ndim)
         return zeros if self.options["many"] else zeros[0]
 
     @staticmethod
@@ -101,7 +100,7 @@ class Zero(StandIn):
         """A dimension is a number, or `[dimension of the input, numerator, denominator]`."""
         sizes = [size if isinstance(size, int) else like.shape[size[0]] * size[1] // size[2] for size in shape]
         dtype = like.dtype if like.is_floating_point() else torch.get_default_dtype()  # of indices, as an embedding is given
-        return torch.zeros(sizes[-1:], dtype=dtype, device=like.device).expand(sizes)  # pairs of the last can be seen as complex
+        return torch.zeros(sizes, dtype=dtype, device=like.device)  # in memory whole, as the code around may want another view
 
 
 class Shortcut(StandIn):
