@@ -13,11 +13,15 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Every class of denoiser and of pipeline: half an hour and more.
+# Every class of denoiser and of pipeline, and what needs packages that stay out of .venv: an hour and more.
 test-all: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not quantization"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/torchao "torchao==0.18.0"
-	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest -m quantization
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not apart"
+	$(call apart,torchao) "torchao==0.18.0"
+	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest -m apart tests/test_int8.py
+	$(call apart,old-diffusers) "diffusers==0.36.0" "huggingface_hub<2" httpx httpcore
+	LDPRUNER_OLD_DIFFUSERS=$(VENV)/old-diffusers $(BIN)/python -m pytest -m apart tests/test_old_diffusers.py
+
+apart = $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/$(1)
 
 check: venv
 	$(BIN)/ruff check .

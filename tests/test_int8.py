@@ -11,7 +11,7 @@ from torch import nn
 from stacking import Stacked
 
 pytestmark = [
-    pytest.mark.quantization,
+    pytest.mark.apart,
     pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword:DeprecationWarning"),
 ]
 

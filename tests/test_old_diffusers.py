@@ -1,10 +1,10 @@
 """Folders that we save load in older releases of diffusers, in a process of their own, with the same output bit for bit.
 
-Not run unless `LDPRUNER_OLD_DIFFUSERS` names a folder with an older diffusers in it, which another process then imports in place
-of the installed one. Releases up to 0.41 want huggingface_hub before 2, and that wants httpx:
+`LDPRUNER_OLD_DIFFUSERS` names a folder with an older diffusers in it, which another process then imports in place of the installed
+one; `make test-all` fills one. Releases up to 0.41 want huggingface_hub before 2, and that wants httpx:
 
-    pip install --no-deps --target old/0.36.0 diffusers==0.36.0 "huggingface_hub<2" httpx httpcore
-    LDPRUNER_OLD_DIFFUSERS=old/0.36.0 python -m pytest tests/test_old_diffusers.py -rs
+    pip install --no-deps --target old/0.41.0 diffusers==0.41.0 "huggingface_hub<2" httpx httpcore
+    LDPRUNER_OLD_DIFFUSERS=old/0.41.0 python -m pytest tests/test_old_diffusers.py -m apart
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ OLD = os.environ.get("LDPRUNER_OLD_DIFFUSERS", "")
 VERSION = "import diffusers\nreport['diffusers'] = {'version': diffusers.__version__}\n"
 TRUSTED = {"trust_remote_code": True}
 
-pytestmark = pytest.mark.skipif(not OLD, reason="not run: LDPRUNER_OLD_DIFFUSERS names no folder with an older diffusers")
+pytestmark = pytest.mark.apart
 
 
 @pytest.fixture(scope="module")
 def older() -> Iterator[None]:
     """New processes import what is in the folder first."""
+    assert OLD, "LDPRUNER_OLD_DIFFUSERS names no folder with an older diffusers"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(OLD).resolve()), prepend=os.pathsep)
         yield
