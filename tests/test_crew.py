@@ -94,7 +94,7 @@ def test_two_processes_find_what_one_finds_and_each_measures_its_part(small_fold
     assert keys([*mine, *others]) == keys(lines(tmp_path / "one", "measured-*.jsonl")), "nothing was measured twice"
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_run_of_two_that_was_killed_is_ended_by_one(ldm_folder: Path, tmp_path: Path) -> None:
     out, budget = tmp_path / "run", {"macs": "80%"}
     child = started(ldm_folder, out, "--method", "fast", "--budget", "macs=80%", processes=2)

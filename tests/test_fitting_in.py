@@ -12,7 +12,7 @@ from ldpruner.ldpruner_v1 import build
 from ldpruner.operators import Call, discovery
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.repeating import repeating
-from ldpruner.operators.watching import Traced
+from ldpruner.operators.watching import Traced, reads_noted
 from ldpruner.plans import Operators
 from ldpruner.surgery import trial
 
@@ -201,6 +201,31 @@ def test_a_denoiser_without_weights_stays_as_it_was() -> None:
     model.forward = lambda latents: latents + model.last(model.first(latents))  # type: ignore[method-assign]
     discover(model, Call((torch.randn(2, 4, 8),), {}), timing_repeats=0)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+class Embeds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.last = Block(), Block()
+
+    def forward(self, latents: Tensor) -> Tensor:
+        result: Tensor = self.last(self.embedding(latents))
+        return result
+
+
+def test_what_a_pipeline_reads_of_a_denoiser_stays() -> None:
+    model, latents = Embeds().eval(), torch.randn(2, 4, 8)
+    assert ways(found_in(model, latents), "embedding.inner")
+    with reads_noted(model) as read:
+        assert model.embedding.inner[0].in_features == 8, "as Stable Diffusion XL asks its denoiser"
+    kept = {"embedding", "embedding.inner", "embedding.inner.0", "embedding.inner.1"}
+    assert read == kept, "which one of a list is read is not seen"
+    operators = discover(model, Call((latents,), {}, frozenset(read)), timing_repeats=0)
+    assert {operator.name for operator in operators.operators} == set(dict(model.named_modules())) - kept - {""}
+    with reads_noted(model) as read:
+        assert nn.Sequential(Block())[0].inner is not None, "another model's"
+    assert model.last is not None
+    assert not read, "nor once it has ended"
 
 
 class LooksAtLayout(Outer):

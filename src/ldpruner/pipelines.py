@@ -25,6 +25,7 @@ from ldpruner.errors import LDPrunerError, PipelineError
 from ldpruner.files import read_prompts
 from ldpruner.opening import locate, move, one_line, opened
 from ldpruner.operators.tracing import Call
+from ldpruner.operators.watching import reads_noted
 from ldpruner.probes import Probe
 from ldpruner.solvers import solving_by, watching
 from ldpruner.sound import Wave, from_spectrogram, to_spectrogram
@@ -228,12 +229,13 @@ class Pipeline:
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             args, kwargs = tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs))
-            seen.append(Call(args, kwargs))
+            seen.append(Call(args, kwargs, frozenset(read)))
             raise _SeenEnoughError
 
         handle = self.denoiser.register_forward_pre_hook(hook, with_kwargs=True)
         try:
-            self._generate(probe, range(samples))
+            with reads_noted(self.denoiser) as read:
+                self._generate(probe, range(samples))
         finally:
             handle.remove()
         if not seen:

@@ -37,7 +37,7 @@ def discover(denoiser: nn.Module, call: Call, *, timing_repeats: int = 9) -> Ope
     leaves times at 0. Raises `PipelineError` where the denoiser cannot be traced.
     """
     traced = trace(denoiser, call)
-    found = _Survey(_tried_in(denoiser, traced), traced, batch=call.batch).operators()
+    found = _Survey(_tried_in(denoiser, traced), traced, batch=call.batch, read=call.read).operators()
     total = Cost(params=_params(denoiser), macs=traced.macs // call.batch)
     operators = Operators(
         model=architecture(denoiser),
@@ -121,12 +121,15 @@ class _Survey:
     tried_in: nn.Module
     trace: Trace
     batch: int
+    read: frozenset[str] = frozenset()  # modules that a pipeline asks for, as for the width of an embedding
     _known: dict[tuple[str, str, str], bool] = field(default_factory=dict)  # trials, by what they depend on
     _makes: dict[str, str] = field(default_factory=dict)
 
     def operators(self) -> list[Operator]:
         self.like = next(self.tried_in.parameters())
-        once = [entry for entry in self.trace.modules.values() if entry.calls == 1 and _does_something(entry)]
+        once = [
+            entry for entry in self.trace.modules.values() if entry.calls == 1 and _does_something(entry) and self._unread(entry)
+        ]
         self.zeros = {entry.name: self._when_dead(entry) for entry in once if _params(entry.module)}
         self.alive = self.trace.dataflow.reaching()
         found = [operator for operator in map(self._operator, once) if operator.candidates or operator.if_dead]
@@ -135,6 +138,10 @@ class _Survey:
         found = [replace(o, candidates=tuple(self._with_dead(o))) for o in found]
         found = [operator for operator in found if operator.candidates or operator.if_dead]
         return _with_parents(_with_stages(found, stage_of_blocks(self.tried_in, self.trace.modules)))
+
+    def _unread(self, entry: Traced) -> bool:
+        """Whether the code of the pipeline, which a stand-in's own trial does not see, reads neither the module nor its parts."""
+        return not any(within(path, entry.name) for path in self.read)
 
     def _not_looked_into(self, found: Sequence[Operator]) -> list[Operator]:
         """Without operators of which code beyond the module around them reads parts, such as an attention's processor."""
@@ -149,7 +156,7 @@ class _Survey:
 
         Each stand-in without parameters runs there, as others hold some; all together they would leave none.
         """
-        for asked in self.trace.asked - {""}:
+        for asked in sorted(self.trace.asked - {""}):
             first = next((name for name, _ in self.tried_in.get_submodule(asked).named_parameters()), "")
             owner = f"{asked}.{first}".rpartition(".")[0]
             found = [_kept_for_its_parameters(o) if within(owner, o.name) and o.name.startswith(f"{asked}.") else o for o in found]

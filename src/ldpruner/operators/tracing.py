@@ -33,6 +33,7 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    read: frozenset[str] = frozenset()  # paths of modules that the pipeline's own code read to make it
 
     def to(self, device: str) -> Call:
         """The same call with every tensor on `device`; on "meta" only shapes are left."""
@@ -44,7 +45,7 @@ class Call:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> Call:
         args, kwargs = tree_map(lambda leaf: change(leaf) if isinstance(leaf, Tensor) else leaf, (self.args, self.kwargs))
-        return Call(args, kwargs)
+        return Call(args, kwargs, self.read)
 
     def of_rows(self, rows: Sequence[int]) -> Call:
         """The call with these of its rows, as often as they are named: of every tensor that has as many as there are samples."""

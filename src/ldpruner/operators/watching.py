@@ -93,6 +93,29 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor)]
 
 
+@contextmanager
+def reads_noted(denoiser: nn.Module) -> Iterator[set[str]]:
+    """The paths of the denoiser's modules that any code asks their parents for while the block runs.
+
+    What a list holds counts with the list: which of it is taken out leaves no mark.
+    """
+    paths = {id(module): name for name, module in denoiser.named_modules()}
+    found, get = set[str](), nn.Module.__getattr__
+
+    def noting(module: nn.Module, name: str) -> Any:
+        value = get(module, name)
+        if isinstance(value, nn.Module) and id(module) in paths:
+            path = f"{paths[id(module)]}.{name}".lstrip(".")
+            found.update([path, *(f"{path}.{inside}" for inside in value._modules if isinstance(value, _INDEXED))])
+        return value
+
+    nn.Module.__getattr__ = noting  # type: ignore[method-assign]
+    try:
+        yield found
+    finally:
+        nn.Module.__getattr__ = get  # type: ignore[method-assign]
+
+
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Follows every tensor that a module gives, to see how it is used.
 
@@ -229,7 +252,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         total, scale = self._unscaled(id(block.output))
         for summand in self._summands.get(total, []):
             tensor, factor = self._unscaled(summand)
-            for name in self._makers.get(tensor, set()):
+            for name in sorted(self._makers.get(tensor, set())):
                 child = self.traced[name]
                 inside = name.startswith(block.name + ".") and id(child.output) == tensor
                 if inside and child.arguments and child.arguments[0][1] is block.arguments[0][1]:
@@ -244,6 +267,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return tensor, scale
 
 
+_INDEXED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 _CHANNELS_SECOND = (
     nn.modules.conv._ConvNd,
     nn.GroupNorm,
