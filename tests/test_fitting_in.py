@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,6 +13,7 @@ from ldpruner import Edit, discover
 from ldpruner.errors import PipelineError
 from ldpruner.ldpruner_v1 import build
 from ldpruner.operators import Call, discovery
+from ldpruner.operators.dataflow import Dataflow, Uses
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.repeating import repeating
 from ldpruner.operators.watching import Traced, reads_noted
@@ -272,3 +276,28 @@ def test_a_module_repeats_what_it_gave_to_what_lies_in_memory_the_same_way() -> 
             assert layer(other, **scale) is not output
         assert len(ran) == len(others)
     assert layer.forward is hooked
+
+
+@pytest.mark.parametrize("in_place", [0.0, 0.1])
+def test_what_a_cut_leaves_without_a_use_is_what_going_through_the_whole_call_does_not_meet(in_place: float) -> None:
+    drawn, kinds = random.Random(0), Counter[bool]()
+    for _ in range(400):
+        flow, made = Dataflow(), [0, 1]
+        for tensor in range(2, 30):
+            reads = drawn.sample(made, min(len(made), drawn.randint(1, 3)))
+            new = [tensor, tensor + 100] if tensor % 5 == 0 else [tensor]
+            flow.add(reads, new + (reads[:1] if drawn.random() < in_place else []))
+            made += new
+        flow.outputs = drawn.sample(made[-6:], 2)
+        instead = {}
+        for cut in drawn.sample(made[3:], 2):
+            before = sorted(Dataflow(flow.reads, flow.makers, [cut]).needed()[1] - {cut})
+            instead[cut] = drawn.sample(before, min(len(before), drawn.randint(0, 2)))
+        uses, (operations, tensors) = Uses(flow), flow.needed(instead)
+        lost = uses.lost(instead)
+        assert lost == (uses.operations - operations, uses.tensors - tensors)
+        kinds[bool(lost[0])] += 1
+        ranges = [range(start, start + 4) for start in range(len(flow) - 4)]
+        alive = [set(each) & uses.operations for each in ranges]
+        assert uses.all_lost(ranges, lost[0]) == [bool(each) and each <= lost[0] for each in alive]
+    assert kinds[True] > 50 < kinds[False]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ldpruner.ldpruner_v1 import build
+from ldpruner.operators.dataflow import Uses
 from ldpruner.operators.repeating import repeating
 from ldpruner.operators.stages import stage_of_blocks
 from ldpruner.operators.timing import device_of, time_modules, time_pointwise
@@ -131,7 +132,7 @@ class _Survey:
             entry for entry in self.trace.modules.values() if entry.calls == 1 and _does_something(entry) and self._unread(entry)
         ]
         self.zeros = {entry.name: self._when_dead(entry) for entry in once if _params(entry.module)}
-        self.alive = self.trace.dataflow.reaching()
+        self.uses = Uses(self.trace.dataflow)
         found = [operator for operator in map(self._operator, once) if operator.candidates or operator.if_dead]
         found = self._leaving_a_parameter(self._not_looked_into(found))
         self.can_die = [operator.name for operator in found if operator.if_dead]
@@ -284,27 +285,24 @@ class _Survey:
     def _with_dead(self, operator: Operator) -> Iterator[Candidate]:
         """The candidates with the outermost operators that no longer reach the output, but for those that cut the latents off."""
         name = operator.name
-        apart = [other for other in self.can_die if not within(other, name) and not within(name, other)]
-        idle = not self.alive.intersection(self.trace.modules[name].operations)  # in the original already: no weights for it
+        idle = not self.uses.operations.intersection(self.trace.modules[name].operations)  # in the original: no weights for it
         for candidate in operator.candidates:
             if idle and candidate.replacement in HOLDING:
                 continue
-            instead = _instead(self.trace.modules, name, candidate.replacement, candidate.options)
-            reaching, tensors = self.trace.dataflow.needed(instead)
-            if self._reads_latents(tensors):
-                yield replace(candidate, dead=tuple(outermost(other for other in apart if self._died(other, reaching))))
+            lost, tensors = self.uses.lost(_instead(self.trace.modules, name, candidate.replacement, candidate.options))
+            if self._reads_latents(without=tensors):
+                died = self.uses.all_lost([self.trace.modules[other].operations for other in self.can_die], lost) if lost else []
+                apart = (other for other, dead in zip(self.can_die, died, strict=False) if dead)
+                apart = (other for other in apart if not within(other, name) and not within(name, other))
+                yield replace(candidate, dead=tuple(outermost(apart)))
             else:
                 log.info("%s at %s: the output would not depend on the latents", candidate.replacement, name)
 
-    def _reads_latents(self, tensors: set[int]) -> bool:
-        """Whether the first argument of the call is among the tensors that the output depends on."""
+    def _reads_latents(self, *, without: set[int]) -> bool:
+        """Whether the output depends on the first argument of the call, where it no longer does on these tensors."""
         args, kwargs = self.trace.modules[""].given
         first = next((given for given in (*args, *kwargs.values()) if tensors_in(given)), None)
-        return any(id(tensor) in tensors for tensor in tensors_in(first))
-
-    def _died(self, name: str, reaching: set[int]) -> bool:
-        operations = self.trace.modules[name].operations
-        return not reaching.intersection(operations) and bool(self.alive.intersection(operations))
+        return any(id(tensor) in self.uses.tensors and id(tensor) not in without for tensor in tensors_in(first))
 
 
 def _with_stages(operators: list[Operator], stages: Mapping[str, str]) -> list[Operator]:
