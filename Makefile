@@ -13,9 +13,9 @@ demo: venv
 test: venv
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# Every class of denoiser and of pipeline, and what needs packages that stay out of .venv: an hour and more.
-test-all: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not apart"
+# And every class of denoiser and of pipeline, and what needs packages that stay out of .venv.
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m exhaustive
 	$(call apart,torchao) "torchao==0.18.0"
 	PYTHONPATH=$(VENV)/torchao $(BIN)/python -m pytest -m apart tests/test_int8.py
 	$(call apart,old-diffusers) "diffusers==0.36.0" "huggingface_hub<2" httpx httpcore
