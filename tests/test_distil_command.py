@@ -65,6 +65,7 @@ def started(*words: Any, processes: int = 1) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.exhaustive
 def test_two_processes_see_what_one_sees_with_twice_the_batch(
     learn: Callable[..., Distilled], folders: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -159,7 +159,7 @@ def test_a_counted_budget_holds_exactly_on_the_pruned_model(
         assert left[quantity] <= plan.predicted[quantity] + 1e-9, "what dies jointly can only save more"
 
 
-@pytest.mark.parametrize("repair", ["none", "closed-form"])
+@pytest.mark.parametrize("repair", [pytest.param("none", marks=pytest.mark.exhaustive), "closed-form"])
 def test_a_sweep_takes_the_plan_that_shifts_least_and_of_those_alike_the_shortest(
     run: tuple[Pipeline, Run], monkeypatch: pytest.MonkeyPatch, repair: Repairing
 ) -> None:

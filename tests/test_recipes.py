@@ -110,7 +110,12 @@ def of_sound(place: Path) -> tuple[Path, list[str]]:
         pytest.param(
             "stable-diffusion-v1-4", of_text_to_image, {"frechet", "clip-score", "latent-shift"}, marks=pytest.mark.exhaustive
         ),
-        ("ldm-celebahq-256", of_pictures, {"frechet", "kernel", "precision", "recall", "latent-shift", "ssim"}),
+        pytest.param(
+            "ldm-celebahq-256",
+            of_pictures,
+            {"frechet", "kernel", "precision", "recall", "latent-shift", "ssim"},
+            marks=pytest.mark.exhaustive,
+        ),
         ("latent-audio-diffusion-256", of_sound, {"frechet", "latent-shift", "latent-rmse", "ssim"}),
     ],
 )

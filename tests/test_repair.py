@@ -296,7 +296,7 @@ def test_a_corrected_shortcut_does_not_touch_the_child_that_it_shares(ldm: Pipel
     assert weights_digest(ldm.denoiser) == before
 
 
-@pytest.mark.parametrize("make", ["ldm", "text_to_image", "audio"])
+@pytest.mark.parametrize("make", [pytest.param("ldm", marks=pytest.mark.exhaustive), "text_to_image", "audio"])
 def test_a_repaired_pipeline_says_both_shifts_and_loads_bit_for_bit(
     make: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
@@ -327,6 +327,7 @@ def assert_same_model(first: torch.nn.Module, second: torch.nn.Module) -> None:
     assert all(torch.equal(weights[name], others[name]) for name in weights)
 
 
+@pytest.mark.exhaustive
 def test_a_corrected_model_loads_in_plain_diffusers_of_a_new_process(ldm: Pipeline, tmp_path: Path) -> None:
     kinds = ["identity", "zero", "shortcut"]
     pruned = prune(ldm, budget={"macs": "95%"}, probe=PROBE, method="magnitude", repair="closed-form", replacements=kinds)

@@ -102,7 +102,7 @@ def evidence(script: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_p
     return run
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_each_method_is_measured_at_every_stage_and_a_second_run_adds_what_is_missing(
     evidence: Callable[..., list[dict[str, Any]]], script: Callable[..., None], tmp_path: Path
 ) -> None:
@@ -216,7 +216,7 @@ def test_the_demo_and_the_benchmarks_run_reduced(script: Callable[..., None], ld
     assert f"| Latent shift ↓ |  | {rungs[0]['figures']['latent-shift']['value']:.4g} |" in page
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_both_ways_of_scoring_are_counted_and_compared(
     script: Callable[..., None], ldm_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,8 +292,8 @@ def test_what_scoring_costs_at_real_size_is_told_of_a_smaller_one(script: Callab
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("size", [pytest.param("sd15", marks=pytest.mark.exhaustive), "sdxl"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("size", ["sd15", "sdxl"])
 def test_the_whole_way_at_real_size_is_watched_in_small(size: str, tmp_path: Path) -> None:
     made = runpy.run_path(str(ROOT / "benchmarks" / "real_size.py"))
     small = {"sample_size": 16, "block_out_channels": (32,) * (4 if size == "sd15" else 3), "attention_head_dim": 8}
@@ -340,7 +340,7 @@ def test_predicted_latencies_are_compared_with_those_measured_twice(
     assert made["errors"]["error"]["worst"] == max(plan["error"] for plan in made["plans"])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_demo_of_sound_leaves_something_to_listen_to(script: Callable[..., None], tmp_path: Path) -> None:
     tiny_audio(small=True).save_pretrained(tmp_path / "tiny-audio")
     few = ["--samples", "2", "--steps", "1", "--latency", "98%", "--model", tmp_path / "tiny-audio", "--out", tmp_path / "demo"]
