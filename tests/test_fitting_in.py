@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections import Counter
 
 import pytest
@@ -16,7 +17,7 @@ from ldpruner.operators import Call, discovery
 from ldpruner.operators.dataflow import Dataflow, Uses
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.repeating import repeating
-from ldpruner.operators.watching import Traced, reads_noted
+from ldpruner.operators.watching import Traced, Watch, reads_noted
 from ldpruner.plans import Operators
 from ldpruner.surgery import trial
 
@@ -230,6 +231,17 @@ def test_what_a_pipeline_reads_of_a_denoiser_stays() -> None:
         assert nn.Sequential(Block())[0].inner is not None, "another model's"
     assert model.last is not None
     assert not read, "nor once it has ended"
+
+
+def test_what_is_read_is_kept_to_the_end_as_another_would_get_its_id() -> None:
+    watch, constant = Watch(nn.Identity()), torch.ones(2)
+    kept = weakref.ref(constant)
+    with watch:
+        _ = torch.zeros(2) + constant
+    del constant
+    assert kept() is not None
+    del watch
+    assert kept() is None
 
 
 class LooksAtLayout(Outer):

@@ -179,7 +179,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        self._keep.append(output)
+        self._keep.append((args, kwargs, output))  # what was read too, such as a constant: another would get its id
         for tensor in tensors_in((args, kwargs, output)):
             self._views.setdefault(_memory(tensor), set()).add(id(tensor))
         changed: set[int] = set()  # what is written in place is made anew, and so is every other view of that memory
