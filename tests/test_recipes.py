@@ -33,6 +33,7 @@ from refusing import everything_in, the_line
 from test_feature_nets import recordings, scripted, tiny_clap, tiny_clip
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+EXHAUSTIVE, OF_PICTURES = pytest.mark.exhaustive, {"frechet", "kernel", "precision", "recall", "latent-shift", "ssim"}
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 SMALL = """
 name: small
@@ -107,15 +108,8 @@ def of_sound(place: Path) -> tuple[Path, list[str]]:
 @pytest.mark.parametrize(
     ("name", "stand_in", "figures"),
     [
-        pytest.param(
-            "stable-diffusion-v1-4", of_text_to_image, {"frechet", "clip-score", "latent-shift"}, marks=pytest.mark.exhaustive
-        ),
-        pytest.param(
-            "ldm-celebahq-256",
-            of_pictures,
-            {"frechet", "kernel", "precision", "recall", "latent-shift", "ssim"},
-            marks=pytest.mark.exhaustive,
-        ),
+        pytest.param("stable-diffusion-v1-4", of_text_to_image, {"frechet", "clip-score", "latent-shift"}, marks=EXHAUSTIVE),
+        pytest.param("ldm-celebahq-256", of_pictures, OF_PICTURES, marks=EXHAUSTIVE),
         ("latent-audio-diffusion-256", of_sound, {"frechet", "latent-shift", "latent-rmse", "ssim"}),
     ],
 )
