@@ -154,9 +154,8 @@ def whole_way(folder: Path, out: Path, rounds: int, asked: dict[str, Any]) -> di
     parts = (part for part in pipeline.pipe.components.values() if isinstance(part, nn.Module))
     weights = float(sum(parameter.nbytes for part in parts for parameter in part.parameters()))
     loaded, call = memory(), pipeline.call(probe)
-    with watch.stage("three calls"), torch.no_grad():  # the first leaves memory to the process that it does not give back
-        for _ in range(3):
-            call.run(pipeline.denoiser)
+    with watch.stage("one call"), torch.no_grad():
+        call.run(pipeline.denoiser)
     limit = {"before": empty, "weights": weights, "activations": watch.peak - max(loaded, empty + weights)}
     with watch.stage("inspect"):
         operators = discover(pipeline.denoiser, call, timing_repeats=0)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import platform
 from importlib import metadata
@@ -14,7 +12,7 @@ import psutil
 import torch
 from torch import nn
 
-from ldpruner.operators.timing import device_of
+from ldpruner.operators.timing import device_of, give_back
 
 
 def environment(denoiser: nn.Module) -> dict[str, Any]:
@@ -46,8 +44,7 @@ def resident_bytes() -> int:
 def release_memory() -> None:
     """Give back to the system what was freed, so that it does not count as in use."""
     gc.collect()
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # Linux with glibc
+    give_back()
 
 
 def reset_peak(device: torch.device) -> bool:

@@ -10,7 +10,7 @@ import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from packaging.version import Version
-from torch import nn
+from torch import Tensor, nn
 
 from ldpruner import sharing, single_files
 from ldpruner.errors import PipelineError, suggest
@@ -18,6 +18,7 @@ from ldpruner.files import first_damaged
 
 FORMAT_MODULE = "ldpruner_v1"
 _ZOO = Path(__file__).parent / "zoo"
+_USUAL = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # diffusers renamed the argument in 0.40 and warns about the old name since.
 _DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.40") else "torch_dtype"
 
@@ -131,5 +132,12 @@ def _check_weights(pipe: DiffusionPipeline, source: str) -> None:
         for name, parameter in module.named_parameters() if isinstance(module, nn.Module) else ():
             if parameter.is_meta:
                 raise PipelineError(f"{source}: the weights of {part} lack {name}.")
-            if not torch.isfinite(parameter).all():
+            if not _finite(parameter):
                 raise PipelineError(f"{source}: {part}.{name} holds NaN or infinite weights; nothing can be scored with it.")
+
+
+def _finite(parameter: Tensor) -> bool:
+    """Whether all numbers are: of usual ones the least and the most tell, without a mask as large as the weights."""
+    if not parameter.numel() or parameter.dtype not in _USUAL:
+        return bool(torch.isfinite(parameter).all())
+    return all(bool(torch.isfinite(end)) for end in torch.aminmax(parameter.detach()))

@@ -53,6 +53,7 @@ def discover(denoiser: nn.Module, call: Call, *, timing_repeats: int = 9) -> Ope
 def with_times(operators: Operators, denoiser: nn.Module, call: Call, *, repeats: int) -> Operators:
     """The same operators with times measured now, on the denoiser's device: medians over `repeats`."""
     whole, times = time_modules(denoiser, call, repeats)
+    alike = dict[str, float]()  # stand-ins of one shape take as long, wherever they stand
 
     def timed(operator: Operator) -> Operator:
         candidates = tuple(replace(c, cost=replace(c.cost, latency_ms=stand_in_time(operator, c))) for c in operator.candidates)
@@ -60,7 +61,10 @@ def with_times(operators: Operators, denoiser: nn.Module, call: Call, *, repeats
 
     def stand_in_time(operator: Operator, candidate: Candidate) -> float:
         if candidate.replacement == "pointwise":
-            return time_pointwise(operator, dict(candidate.options), denoiser, repeats)
+            make = json.dumps([operator.input_shape, candidate.options])
+            if make not in alike:
+                alike[make] = time_pointwise(operator, dict(candidate.options), denoiser, repeats)
+            return alike[make]
         return times[f"{operator.name}.{candidate.options['child']}"] if candidate.replacement == "shortcut" else 0.0
 
     total = replace(operators.total, latency_ms=whole)

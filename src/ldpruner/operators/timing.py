@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,14 +17,25 @@ from ldpruner.ldpruner_v1 import Pointwise
 from ldpruner.operators.tracing import Call
 from ldpruner.plans import Operator
 
+LARGE_S = 1.0  # seconds of runs after which memory is given back: this takes a quarter of one, and small runs are to find theirs
+
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """One timed run, waiting for the device where it works on its own."""
+    """One timed run, waiting for the device where it works on its own. What a long one freed on a CPU is given back after it."""
     synchronize(device)
     began = time.perf_counter()
     run()
     synchronize(device)
-    return time.perf_counter() - began
+    taken = time.perf_counter() - began
+    if taken > LARGE_S and device.type == "cpu":
+        give_back()
+    return taken
+
+
+def give_back() -> None:
+    """Give back to the system what was freed: in pieces, it stays with the process, and the next call takes more beside it."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # Linux with glibc
 
 
 def synchronize(device: torch.device) -> None:
@@ -61,13 +73,13 @@ def time_alone(denoiser: nn.Module, call: Call, repeats: int) -> tuple[float, di
     call.
     """
     device = device_of(denoiser)
-    call.run(denoiser)
+    seconds(lambda: call.run(denoiser), device)
     plain = statistics.median(seconds(lambda: call.run(denoiser), device) for _ in range(repeats))
     clock = _Clock(device)
     with clock.running(denoiser):
         for _ in range(repeats + 1):
             clock.begin()
-            call.run(denoiser)
+            seconds(lambda: call.run(denoiser), device)
     return plain * 1e3, {name: statistics.median(taken[1:]) * 1e3 for name, taken in clock.alone.items() if name in clock.met}
 
 
