@@ -24,6 +24,7 @@ from ldpruner.calling import Calling, denoiser_name
 from ldpruner.errors import LDPrunerError, PipelineError
 from ldpruner.files import read_prompts
 from ldpruner.opening import locate, move, one_line, opened
+from ldpruner.operators.timing import device_of, giving_back
 from ldpruner.operators.tracing import Call
 from ldpruner.operators.watching import reads_noted
 from ldpruner.probes import Probe
@@ -154,7 +155,7 @@ class Pipeline:
 
     def _latents(self, probe: Probe, rows: Sequence[int]) -> Tensor:
         last: list[Tensor] = []
-        with self._without_decoder():
+        with self._without_decoder(), giving_back(device_of(self.denoiser)):
             self._generate(probe, rows, last)
         self._check_seen(last)
         return last[0][: len(rows)]  # some pipelines step both halves of guidance, which are alike

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldpruner.operators.timing import device_of, giving_back
 from ldpruner.operators.tracing import Call
 
 
@@ -26,7 +27,8 @@ def layouts(denoiser: nn.Module, call: Call) -> dict[str, bool]:
     with ExitStack() as stack:
         for name, module in denoiser.named_modules():
             stack.callback(module.register_forward_pre_hook(_noting(name, found), with_kwargs=True).remove)
-        call.run(denoiser)
+        with giving_back(device_of(denoiser)):
+            call.run(denoiser)
     return found
 
 

@@ -17,23 +17,30 @@ from ldpruner.ldpruner_v1 import Pointwise
 from ldpruner.operators.tracing import Call
 from ldpruner.plans import Operator
 
-LARGE_S = 1.0  # seconds of runs after which memory is given back: this takes a quarter of one, and small runs are to find theirs
+LARGE_S = 1.0  # seconds of what memory is given back after: this takes a quarter of one, and small calls are to find theirs
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """One timed run, waiting for the device where it works on its own. What a long one freed on a CPU is given back after it."""
-    synchronize(device)
+    """One timed run, waiting for the device where it works on its own."""
+    with giving_back(device):
+        synchronize(device)
+        began = time.perf_counter()
+        run()
+        synchronize(device)
+        return time.perf_counter() - began
+
+
+@contextmanager
+def giving_back(device: torch.device) -> Iterator[None]:
+    """Give back what a long block freed on a CPU: in pieces, it stays with the process, and the next call takes more beside it."""
     began = time.perf_counter()
-    run()
-    synchronize(device)
-    taken = time.perf_counter() - began
-    if taken > LARGE_S and device.type == "cpu":
+    yield
+    if time.perf_counter() - began > LARGE_S and device.type == "cpu":
         give_back()
-    return taken
 
 
 def give_back() -> None:
-    """Give back to the system what was freed: in pieces, it stays with the process, and the next call takes more beside it."""
+    """Give back to the system what was freed."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # Linux with glibc
 
