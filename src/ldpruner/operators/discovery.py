@@ -264,7 +264,8 @@ class _Survey:
         """The denoiser in which stand-ins are tried with this one in it, for as long as the block runs."""
         parent, _, name = path.rpartition(".")
         siblings, module = self.tried_in.get_submodule(parent)._modules, self.tried_in.get_submodule(path)
-        siblings[name] = build(replacement, options, module).to(next(module.parameters(), self.like))
+        with self.like.device:  # without numbers to begin with, where there are to be none
+            siblings[name] = build(replacement, options, module).to(next(module.parameters(), self.like))
         try:
             yield
         finally:
