@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import caches  # noqa: F401  what calls may hold
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor

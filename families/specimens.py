@@ -7,6 +7,7 @@ An entry has the arguments of the class's constructor under `config`, and under 
 - `{bool: SHAPE}`: true everywhere; `{float: V, shape: SHAPE}`: the number V as float32;
 - `{range: N, shape: SHAPE}`: 0 to N - 1, whole numbers, in that shape;
 - `{values: NESTED LIST}`: these numbers as a tensor, whole where all are whole;
+- `{cache: CLASS, layers: N}`: an empty cache, see `caches.py`;
 - `{list: [VALUES]}`, `{tuple: [VALUES]}`, `{dict: {NAME: VALUE}}`: a nest of values;
 - anything else, such as a number, a word or null: itself.
 """
@@ -23,6 +24,7 @@ from typing import Any
 import diffusers
 import torch
 import yaml
+from caches import CACHES
 from torch import Tensor, nn
 
 from ldpruner.operators import Call
@@ -103,6 +105,7 @@ _MAKERS: dict[str, Any] = {
     "float": lambda spec, _: torch.full(spec["shape"], float(spec["float"])),
     "range": _range,
     "values": lambda spec, _: torch.tensor(spec["values"]),
+    "cache": lambda spec, _: CACHES[spec["cache"]](spec["layers"]),
     "list": lambda spec, generator: [_value(value, generator) for value in spec["list"]],
     "tuple": lambda spec, generator: tuple(_value(value, generator) for value in spec["tuple"]),
     "dict": lambda spec, generator: {name: _value(value, generator) for name, value in spec["dict"].items()},

@@ -146,17 +146,16 @@ def learned(operators: Operators, readings: Sequence[Reading]) -> Times:
     rows = np.array([parts.row(reading) for reading in told])
     savings = np.array([1 - reading.ratio for reading in told])
     noise = np.diag([reading.variance for reading in told])
-    covariance, free = parts.covariance(), np.ones(len(parts.kinds), dtype=bool)
+    free = np.ones(len(parts.kinds), dtype=bool)
     while True:
-        found = _explaining(parts.means * free, covariance * np.outer(free, free), rows, savings, noise)
+        found = _explaining(parts.means * free, parts.covarying(rows * free) * free[:, None], rows, savings, noise)
         if (found[~parts.of_layouts] >= 0).all():
             return parts.times(found)
         free &= (found > 0) | parts.of_layouts
 
 
-def _explaining(mean: Any, covariance: Any, rows: Any, savings: Any, noise: Any) -> Any:
-    """E[t | y] = m + K X' (X K X' + N)^-1 (y - X m), for times t ~ N(m, K) and savings y ~ N(X t, N)."""
-    shared = covariance @ rows.T
+def _explaining(mean: Any, shared: Any, rows: Any, savings: Any, noise: Any) -> Any:
+    """E[t | y] = m + K X' (X K X' + N)^-1 (y - X m), for times t ~ N(m, K) and savings y ~ N(X t, N); `shared` is K X'."""
     found: Any = mean + shared @ np.linalg.solve(rows @ shared + noise, savings - rows @ mean)
     return found
 
@@ -221,13 +220,14 @@ class _Parts:
                 counted[self.stand_ins[name, replacement]] -= 1
         return counted
 
-    def covariance(self) -> Any:
-        alike = self.kinds[:, None] == self.kinds[None, :]
-        together = self.of_layouts[:, None] == self.of_layouts[None, :]
-        stands_in = np.isin(np.arange(len(self.kinds)), list(self.stand_ins.values()))
+    def covarying(self, rows: Any) -> Any:
+        """K X', for readings X, `(readings, parts)`. K itself has the square of thousands of parts, and is never made."""
+        sizes, alike = self.sizes[:, None], np.unique(self.kinds, return_inverse=True)[1]
+        weighted, stands_in = sizes * rows.T, np.isin(np.arange(len(self.kinds)), list(self.stand_ins.values()))
         call = STAND_IN * self.sizes[: len(self.places)].mean()
-        spread = np.outer(self.sizes, self.sizes) * (WHOLE**2 * together + KIND**2 * alike) + np.diag((OWN * self.sizes) ** 2)
-        return spread + call**2 * np.outer(stands_in, stands_in)
+        shared = WHOLE**2 * _summed(weighted, self.of_layouts.astype(int)) + KIND**2 * _summed(weighted, alike)
+        of_calls = call**2 * _summed(rows.T, stands_in.astype(int)) * stands_in[:, None]
+        return sizes * (shared + OWN**2 * weighted) + of_calls
 
     def times(self, shares: Any) -> Times:
         """What shares of the whole call's time come to."""
@@ -246,6 +246,13 @@ class _Parts:
     def _time(self, operator: str, candidate: Candidate, taken: Any) -> float:
         kept = taken[self._kept(operator, candidate)].sum()
         return float(kept + taken[self.stand_ins[operator, candidate.replacement]])
+
+
+def _summed(values: Any, groups: Any) -> Any:
+    """In the place of each row, the sum of the rows of its group; groups have numbers from 0 on."""
+    sums = np.zeros((groups.max() + 1, values.shape[1]))
+    np.add.at(sums, groups, values)
+    return sums[groups]
 
 
 def _costing(part: Any, latency_ms: float) -> Any:

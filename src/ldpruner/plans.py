@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,9 +26,15 @@ QUANTITIES: tuple[Quantity, ...] = ("latency", "macs", "params")
 
 
 def outermost(names: Iterable[str]) -> Iterator[str]:
-    """The paths that lie in no other path given."""
-    kept = sorted(names)
-    return (name for name in kept if not any(within(name, other) for other in kept if other != name))
+    """The paths that lie in no other path given, in order."""
+    given = set(names)
+    return (name for name in sorted(given) if given.isdisjoint(_around(name)))
+
+
+def _around(name: str) -> Iterator[str]:
+    """What a dotted path lies in, the nearest first."""
+    while name := name.rpartition(".")[0]:
+        yield name
 
 
 def within(name: str, block: str) -> bool:
@@ -92,11 +99,14 @@ class Operators:
     device: str
     operators: tuple[Operator, ...]
 
+    @cached_property
+    def _by_name(self) -> dict[str, Operator]:
+        return {operator.name: operator for operator in self.operators}
+
     def __getitem__(self, name: str) -> Operator:
-        for operator in self.operators:
-            if operator.name == name:
-                return operator
-        raise OperatorError(f"{name!r} is no operator of this {self.denoiser}: {suggest(name, (o.name for o in self.operators))}")
+        if name not in self._by_name:
+            raise OperatorError(f"{name!r} is no operator of this {self.denoiser}: {suggest(name, self._by_name)}")
+        return self._by_name[name]
 
     def pairs(self, replacements: Iterable[str] | None = None) -> list[tuple[Operator, Candidate]]:
         """Every operator beside every replacement that fits it, in the order of the denoiser's modules."""

@@ -160,11 +160,10 @@ def predict_edits(operators: Operators, edits: Iterable[Edit]) -> Cost:
 
 def left_without(operators: Operators, gone: Mapping[str, Cost]) -> Cost:
     """What a denoiser costs once operators, none of which lies in another, have given way to what costs this much."""
-    by_name = {operator.name: operator for operator in operators.operators}
     total = operators.total
     params, macs, latency_ms = total.params, total.macs, total.latency_ms
     for name, added in gone.items():
-        removed = by_name[name].cost
+        removed = operators[name].cost
         params += added.params - removed.params
         macs += added.macs - removed.macs
         latency_ms += added.latency_ms - removed.latency_ms
