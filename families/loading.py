@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 import subprocess
@@ -68,8 +69,10 @@ def _load_and_run(order: dict[str, Any]) -> None:
 
     folder = Path(order["folder"])
     has_code = "auto_map" in json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    denoiser = AutoModel.from_pretrained(str(folder), trust_remote_code=has_code)
-    tensors = load_file(folder.with_suffix(".call.safetensors"))
+    loaded = AutoModel.from_pretrained(str(folder), trust_remote_code=has_code)
+    # A file's tensors begin anywhere in memory, those of PyTorch at multiples of 64 bytes: on some processors last bits differ.
+    denoiser = copy.deepcopy(loaded)
+    tensors = {place: leaf.clone() for place, leaf in load_file(folder.with_suffix(".call.safetensors")).items()}
     leaves = [tensors.get(str(place), leaf) for place, leaf in enumerate(order["leaves"])]
     args, kwargs = tree_unflatten(leaves, treespec_loads(order["spec"]))
     with torch.no_grad():

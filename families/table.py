@@ -18,7 +18,8 @@ Every denoiser class of diffusers, built tiny and random (`families/specimens/`)
    classes `ldpruner.example_call` learns one that runs as well, without a pipeline at hand;
 2. every replacement of every operator is tried in the whole denoiser: the same shapes, finite, restored bit for bit;
 3. a plan drawn by chance, to about 70 % of the MACs, is pruned;
-4. it is saved in the three forms, portable, plugin and dense, and loaded in another process: bit-equal outputs;
+4. it is saved in the three forms, portable, plugin and dense, and loaded in another process: bit-equal outputs, once tensors begin
+   at multiples of 64 bytes there too (a file's need not, and on AMD EPYC matrix products then differ in last bits);
 5. a backward pass reaches every parameter that is left.
 
 `python families/run.py && python families/table.py` writes this page; `make test-all` has a test for each row. A tiny random
