@@ -6,6 +6,7 @@ import functools
 import itertools
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from conftest import PROBE, tiny_unet
 from ldpruner import discover
-from ldpruner.ldpruner_v1 import install
+from ldpruner.ldpruner_v1 import build, install
 from ldpruner.operators import Call, discovery, meta_copy, timing
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.tracing import Trace, architecture, count_macs, trace, weights_digest
@@ -235,6 +236,22 @@ def test_what_fits_is_told_alike_with_numbers_and_with_shapes_only(
     assert weights_digest(model) == digest
 
 
+def test_stand_ins_that_are_tried_on_shapes_never_hold_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, call, _ = discovered(unet)
+    without = list[bool]()
+
+    def noting(*given: Any) -> nn.Module:
+        made = build(*given)
+        without.extend(parameter.is_meta for parameter in made.parameters())
+        return made
+
+    monkeypatch.setattr(discovery, "CHEAP", 0)
+    monkeypatch.setattr(discovery, "build", noting)
+    discover(model, call, timing_repeats=0)
+    assert without
+    assert all(without)
+
+
 def test_what_is_found_does_not_depend_on_the_mode_that_the_caller_is_in() -> None:
     model, call, operators = discovered(unet)
     with torch.inference_mode():
@@ -301,3 +318,13 @@ def test_a_module_that_is_called_three_times_is_timed_for_all_three(monkeypatch:
     monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))  # a module that calls none takes one tick
     _, alone = timing.time_alone(Thrice(), Call((torch.zeros(1, 2),), {}), repeats=3)
     assert alone == {"": 5000, "once": 1000, "thrice": 3000}
+
+
+def test_what_a_long_run_frees_is_given_back_and_a_short_one_keeps_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back = list[float]()
+    monkeypatch.setattr(timing, "give_back", lambda: given_back.append(timing.LARGE_S))
+    timing.seconds(lambda: None, torch.device("cpu"))
+    assert not given_back
+    monkeypatch.setattr(timing, "LARGE_S", 0.0)
+    timing.seconds(lambda: None, torch.device("cpu"))
+    assert given_back == [0.0]
