@@ -63,6 +63,13 @@ def tiny(name: str, component: str | None = None) -> tuple[Pipeline, Probe]:
     return pipeline, Probe(samples=2, num_inference_steps=2, prompts=prompts, call=call)
 
 
+def lay_anew(pipe: DiffusionPipeline) -> None:
+    """Let weights begin where PyTorch has them begin: those of a file may not, and on AMD EPYC products then differ in last bits."""
+    for part in pipe.components.values():
+        for tensor in (*part.parameters(), *part.buffers()) if isinstance(part, torch.nn.Module) else ():
+            tensor.data = tensor.data.clone()
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("tensors_from_clap")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in FEW else [pytest.mark.exhaustive]) for n in sorted(TINY)])
@@ -75,8 +82,10 @@ def test_a_pipeline_is_scored_pruned_saved_loaded_and_sampled(name: str, tmp_pat
     pruned = ldpruner.prune(pipeline, plan=plan)
     pruned.save_pretrained(tmp_path / "out")
     again = ldpruner.load(tmp_path / "out")
+    lay_anew(again.pipe)
     assert again.latents(probe).equal(Pipeline(pruned.pipe, source=name).latents(probe))
     plain = DiffusionPipeline.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    lay_anew(plain)
     assert type(plain) is type(pipeline.pipe)
     assert Pipeline(plain, source=name).latents(probe).equal(again.latents(probe))
     assert not again.latents(probe).equal(pipeline.latents(probe))
