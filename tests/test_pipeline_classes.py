@@ -64,7 +64,7 @@ def tiny(name: str, component: str | None = None) -> tuple[Pipeline, Probe]:
 
 
 def lay_anew(pipe: DiffusionPipeline) -> None:
-    """Let weights begin where PyTorch has them begin: those of a file may not, and on AMD EPYC products then differ in last bits."""
+    """Let weights begin where those of PyTorch do: a file's may not, and on AMD EPYC products then differ in last bits."""
     for part in pipe.components.values():
         for tensor in (*part.parameters(), *part.buffers()) if isinstance(part, torch.nn.Module) else ():
             tensor.data = tensor.data.clone()
