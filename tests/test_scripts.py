@@ -301,7 +301,7 @@ def test_the_whole_way_at_real_size_is_watched_in_small(size: str, tmp_path: Pat
     made["write_folder"](size, tmp_path / "original")
     asked = {"height": 128, "width": 128} if made["CALLS"][size] else {}
     found = made["whole_way"](tmp_path / "original", tmp_path, 3, asked)
-    assert list(found["stages"])[:3] == ["load", "three calls", "inspect"]
+    assert list(found["stages"])[:3] == ["load", "one call", "inspect"]
     assert list(found["stages"])[-3:] == ["save", "load again", "one generation step"]
     for stage in found["stages"].values():
         assert -1e-3 < stage["seconds_beside_the_model"] <= stage["seconds"]
