@@ -66,7 +66,9 @@ for name, job in jobs.items():
     denoiser = getattr(loaded, "unet", loaded)
     if job["resave"]:
         loaded.save_pretrained(job["resave"])
-    inputs = {key: tensor.to(denoiser.dtype) for key, tensor in load_file(job["inputs"]).items()}
+    for tensor in (*denoiser.parameters(), *denoiser.buffers()):
+        tensor.data = tensor.data.clone()  # tensors of a file begin anywhere, and on AMD EPYC products then differ in last bits
+    inputs = {key: tensor.to(denoiser.dtype).clone() for key, tensor in load_file(job["inputs"]).items()}
     with torch.no_grad():
         save_file({"output": denoiser(timestep=7, **inputs).sample.contiguous()}, f"{work}/{name}.safetensors")
     report[name] = {"class": type(denoiser).__name__, "stock": type(denoiser) is getattr(diffusers, type(denoiser).__name__)}
@@ -137,7 +139,7 @@ def pruned_family(family: str, folder: Path) -> Saved:
 
 
 def output_of(denoiser: Any, inputs: dict[str, Tensor]) -> Tensor:
-    output: Tensor = denoiser(timestep=7, **{name: tensor.to(denoiser.dtype) for name, tensor in inputs.items()}).sample
+    output: Tensor = denoiser(timestep=7, **{name: tensor.to(denoiser.dtype).clone() for name, tensor in inputs.items()}).sample
     return output
 
 
