@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +116,18 @@ def test_another_diffusers_than_the_installed_one_is_tried(without_us: Child, wi
 
 
 def expected(saved: Saved, cast: torch.dtype = torch.float32) -> torch.Tensor:
-    denoiser: nn.Module = saved.pruned.denoiser
-    return saved.output(denoiser if cast is torch.float32 else ldpruner.load(saved.folder / "portable").denoiser.to(cast))
+    """What the installed diffusers gives, with the inputs of convolutional shortcuts laid contiguous, as diffusers 0.36 lays them.
+
+    Newer ones leave them as they are, and on some processors last bits differ by that.
+    """
+    denoiser: nn.Module = (
+        saved.pruned.denoiser if cast is torch.float32 else ldpruner.load(saved.folder / "portable").denoiser.to(cast)
+    )
+    with ExitStack() as stack:
+        for name, module in denoiser.named_modules():
+            if name.endswith("conv_shortcut"):
+                stack.callback(module.register_forward_pre_hook(lambda _, given: (given[0].contiguous(), *given[1:])).remove)
+        return saved.output(denoiser)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
