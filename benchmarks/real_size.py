@@ -172,7 +172,7 @@ def whole_way(folder: Path, out: Path, rounds: int, asked: dict[str, Any]) -> di
             batch_size=1,
         )
     with watch.stage("plan"):
-        plan = ldpruner.plan(pipeline, run, {"latency": "65%"}, selection="ratio", rounds=rounds, batch_size=1).plan
+        plan = ldpruner.plan(pipeline, run, {"latency": "65%"}, selection="order", rounds=rounds, batch_size=1).plan
     with watch.stage("prune"):
         pruned = ldpruner.prune(pipeline, plan=plan, batch_size=1)
     with watch.stage("save"):
