@@ -11,7 +11,7 @@ import torch
 
 from conftest import PROBE
 from invented import chosen, operator, operators, scored
-from ldpruner import Plan, planning, prune, score
+from ldpruner import Plan, planning, prune, save, score
 from ldpruner.errors import RunError, UnknownNameError
 from ldpruner.operators.tracing import count_macs
 from ldpruner.pipelines import Pipeline
@@ -221,6 +221,17 @@ def test_a_plan_is_a_few_kilobytes_and_survives_a_trip_through_json(run: tuple[P
     plan.save(tmp_path / "plan.json")
     assert Plan.load(tmp_path / "plan.json") == plan
     assert (tmp_path / "plan.json").stat().st_size < 20_000
+
+
+def test_files_and_folders_may_be_named_as_text(ldm: Pipeline, tmp_path: Path) -> None:
+    run_folder, file, out = (str(tmp_path / name) for name in ("run", "plan.json", "pruned"))
+    run = score(ldm, PROBE, method="magnitude", replacements=["identity", "shortcut"], out=run_folder)
+    assert Run.load(run_folder).scores == run.scores
+    plan = planning.plan(ldm, run, {"params": "80%"}).plan
+    plan.save(file)
+    assert Plan.load(file) == plan
+    save(ldm, cut(ldm.denoiser, plan), plan, out)
+    assert Plan.from_pretrained(out) == plan
 
 
 def test_the_whole_job_in_one_call_leaves_the_given_pipeline_as_it_was(ldm: Pipeline) -> None:

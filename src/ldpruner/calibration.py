@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import nn
 
 from ldpruner.benchmarking import compare_calls
 from ldpruner.environment import environment
@@ -18,6 +20,7 @@ from ldpruner.operators.watching import tensors_in
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Operators, Repairing, corrected
 from ldpruner.record import Measurement
+from ldpruner.selection.exact import Keys
 from ldpruner.surgery import pruned_view
 
 log = logging.getLogger(__name__)
@@ -38,6 +41,7 @@ class Bench:
     readings: Readings
     laid: dict[str, bool]  # see `operators.layouts`, of the original
     repair: Repairing = "none"
+    seen: dict[Keys, dict[str, bool]] = field(default_factory=dict)  # what edits lay otherwise: each is seen in a call
 
     @classmethod
     def of(
@@ -80,8 +84,10 @@ class Bench:
 
     def measure(self, edits: Sequence[Edit], *, rounds: int) -> Measurement:
         """The latency of edits, pruned / original. Their maps hold zeros: what they hold changes no time."""
-        pruned = pruned_view(self.pipeline.denoiser, edits, blank(edits))
-        return compare_calls(self.pipeline.denoiser, pruned, self.call, rounds=rounds).ratio
+        pruned = self._pruned(edits)
+        ratio = compare_calls(self.pipeline.denoiser, pruned, self.call, rounds=rounds).ratio
+        self._look(edits, pruned)
+        return ratio
 
     def add(self, edits: Sequence[Edit], measured: Measurement) -> None:
         """Hold, and keep, one reading more."""
@@ -93,7 +99,20 @@ class Bench:
 
     def relaid(self, edits: Sequence[Edit]) -> dict[str, bool]:
         """The modules that stay and get tensors that lie otherwise in memory; from one call of the pruned denoiser."""
-        return relaid(self.laid, layouts(pruned_view(self.pipeline.denoiser, edits, blank(edits)), self.call))
+        if _keys(edits) not in self.seen:
+            self._look(edits, self._pruned(edits))
+        return self.seen[_keys(edits)]
+
+    def _pruned(self, edits: Sequence[Edit]) -> nn.Module:
+        return pruned_view(self.pipeline.denoiser, edits, blank(edits))
+
+    def _look(self, edits: Sequence[Edit], pruned: nn.Module) -> None:
+        self.seen[_keys(edits)] = relaid(self.laid, layouts(pruned, self.call))
+
+
+def _keys(edits: Sequence[Edit]) -> Keys:
+    """What tells sets of edits of one denoiser apart."""
+    return frozenset((edit.operator, edit.replacement) for edit in edits)
 
 
 def calibrated(pipeline: Pipeline, call: Call, operators: Operators, dead_code: DeadCode, repair: Repairing) -> Bench:

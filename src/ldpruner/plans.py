@@ -254,9 +254,9 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         return {"schema": SCHEMA} | asdict(self) | {"probe": self.probe.to_json() if self.probe else None}
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, whole or not at all."""
-        write_json(path, self.to_json())
+        write_json(Path(path), self.to_json())
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Plan:
@@ -326,10 +326,10 @@ class Plan:
         return cls.load(path / PLAN if (path / PLAN).is_file() else path)
 
     @classmethod
-    def load(cls, path: Path) -> Plan:
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Read a plan. Raises `PlanError` where the file is missing or is no plan."""
         try:
-            return cls.from_json(json.loads(path.read_text(encoding="utf-8")))
+            return cls.from_json(json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise PlanError(f"{path}: {error}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,7 +29,7 @@ def save(
     pipeline: Pipeline,
     pruned: nn.Module,
     plan: Plan | None,
-    out: Path,
+    out: str | os.PathLike[str],
     *,
     form: str = "portable",
     record: Mapping[str, Any] | None = None,
@@ -41,6 +42,7 @@ def save(
     dense form cannot hold an edit.
     """
     check_form(form)
+    out = Path(out)
     if form == "dense" and (removed_operators(pipeline.denoiser) or (plan is None and removed_operators(pruned))):
         raise ArtifactError("the dense form is made from the original's weights, which are not at hand. Save as portable.")
     denoiser = pruned
@@ -68,7 +70,7 @@ def _origin(pipeline: Pipeline, record: Mapping[str, Any]) -> dict[str, Any]:
     return {**origin, "task": pipeline.task, "component": pipeline.component}
 
 
-def save_denoiser(denoiser: nn.Module, out: Path, *, form: str = "portable") -> None:
+def save_denoiser(denoiser: nn.Module, out: str | os.PathLike[str], *, form: str = "portable") -> None:
     """Write a pruned denoiser alone to `out`, to be loaded by `diffusers.AutoModel.from_pretrained`.
 
     The folder is written aside and renamed: it is whole or absent. For the dense form give what `densify` made. Raises
@@ -77,7 +79,7 @@ def save_denoiser(denoiser: nn.Module, out: Path, *, form: str = "portable") -> 
     check_form(form)
     if form == "dense" and removed_operators(denoiser):
         raise ArtifactError("the dense form is made from the original's weights: give what `densify` makes of it.")
-    with staged_folder(out) as scratch:
+    with staged_folder(Path(out)) as scratch:
         saved: Any = denoiser
         saved.save_pretrained(scratch)
         if form == "portable" and removed_operators(denoiser):
@@ -87,7 +89,7 @@ def save_denoiser(denoiser: nn.Module, out: Path, *, form: str = "portable") -> 
             _put_loader_in(scratch)
 
 
-def save_distilled(distilled: Distilled, out: Path, *, form: str | None = None) -> str:
+def save_distilled(distilled: Distilled, out: str | os.PathLike[str], *, form: str | None = None) -> str:
     """Write a student that has learnt to `out` with the plan and record that its folder had; the form that it has now.
 
     The form is the student's own unless another is asked for; what was not pruned loads anywhere, as dense does. The latent

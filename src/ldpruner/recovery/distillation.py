@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,9 +57,9 @@ def distil(
     student: Model,
     teacher: Model,
     *,
-    work: Path,
+    work: str | os.PathLike[str],
     settings: Distillation | None = None,
-    data: Path | None = None,
+    data: str | os.PathLike[str] | None = None,
     split: str = "train",
     caption: str = "{text}",
     probe: Probe | None = None,

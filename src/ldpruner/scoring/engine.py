@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,8 +40,9 @@ class Run(Scored):
     folder: Path | None = None
 
     @classmethod
-    def load(cls, folder: Path) -> Run:
+    def load(cls, folder: str | os.PathLike[str]) -> Run:
         """Read a run folder. Raises `RunError` where it is none."""
+        folder = Path(folder)
         scored = read_scored(folder)
         return cls(**vars(scored), fitted=read_fitted(folder / "pointwise.safetensors"), folder=folder)
 
@@ -58,7 +60,7 @@ def score(
     replacements: Sequence[str] | None = None,
     operators: Operators | None = None,
     budget: Mapping[str, str | float] | None = None,
-    out: Path | None = None,
+    out: str | os.PathLike[str] | None = None,
     batch_size: int | None = None,
     crew: Crew = Crew(),  # noqa: B008  frozen
     progress: Progress | None = None,
@@ -72,7 +74,8 @@ def score(
     holds. The processes of a `crew` share the work, and each returns the same run. `tell` is told how the denoiser is run, see
     `arrangements`. Raises `RunError` where `out` holds scores of other weights, another probe or another method.
     """
-    method = method or (out and (read_header(out) or {}).get("method")) or USUAL
+    folder = Path(out) if out is not None else None
+    method = method or (folder and (read_header(folder) or {}).get("method")) or USUAL
     scorer = SCORERS[method]()
     if probe.samples < 2:
         raise RunError(f"samples={probe.samples}: a standard deviation over samples needs 2 or more.")
@@ -80,8 +83,8 @@ def score(
         REPLACEMENTS[name]
     probe = pipeline.completed(probe)
     header = _header(pipeline, probe, method, budget if scorer.budgeted else None)
-    store = Store(out, header, crew.rank) if out else None
-    ledger = Ledger(out, crew, progress)  # before the first thing that processes wait for: all read the same
+    store = Store(folder, header, crew.rank) if folder else None
+    ledger = Ledger(folder, crew, progress)  # before the first thing that processes wait for: all read the same
     work = _Work(
         pipeline=pipeline, probe=probe, replacements=replacements, crew=crew, store=store, batch_size=batch_size, tell=tell
     )
@@ -106,7 +109,7 @@ def score(
         scores=work.scores(scorer, asked, progress),
         fitted=dict(asked.fitted),
         weights=header["weights"],
-        folder=out,
+        folder=folder,
     )
 
 
