@@ -11,14 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from conftest import PROBE
 from invented import operator, operators
 from ldpruner import calibration
 from ldpruner.calibration import Bench, readings_on
+from ldpruner.fitting import blank
 from ldpruner.latencies import DEAD, LEAST, MOST, Reading, Readings, learned, random_plans
 from ldpruner.operators.discovery import DeadCode
 from ldpruner.operators.layouts import layouts, relaid
+from ldpruner.operators.tracing import Call
 from ldpruner.pipelines import Pipeline
 from ldpruner.plans import Edit, Operators
 from ldpruner.record import Measurement
@@ -250,6 +253,27 @@ def test_calibration_measures_what_is_lacking_and_says_so(
     caplog.clear()
     assert calibrated(3).held == first.held
     assert caplog.text == "", "nothing is lacking now"
+
+
+def test_how_tensors_lie_is_looked_at_in_one_call_for_each_set_of_edits(
+    ldm: Pipeline, operators: Operators, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ldm.call(PROBE)
+    dead_code = DeadCode(ldm.denoiser, call, operators)
+    bench = Bench.of(ldm, call, operators, dead_code, readings=readings_on(ldm, call, operators))
+    first, second = (dead_code.completed(drawn) for drawn in random_plans(operators, 2))
+    expected = [relaid(bench.laid, layouts(pruned_view(ldm.denoiser, edits, blank(edits)), call)) for edits in (first, second)]
+    assert expected[0] != expected[1]
+    looked = list[nn.Module]()
+
+    def watched(denoiser: nn.Module, call: Call) -> dict[str, bool]:
+        looked.append(denoiser)
+        return layouts(denoiser, call)
+
+    monkeypatch.setattr(calibration, "layouts", watched)
+    bench.add(first, bench.measure(first, rounds=1))
+    assert [bench.relaid(edits) for edits in (first, second, first, second)] == [*expected, *expected]
+    assert len(looked) == 2
 
 
 def test_where_calls_take_long_the_rest_waits_for_the_next_plan(
