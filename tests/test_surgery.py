@@ -54,6 +54,15 @@ def test_prune_in_place_changes_its_argument_and_gives_the_same_function(ldm: Pi
     assert set(removed_operators(ldm.denoiser)) == {edit.operator for edit in plan.edits}
 
 
+def test_a_stand_in_that_is_given_its_weights_draws_none(ldm: Pipeline, plan: Plan) -> None:
+    before = torch.get_rng_state()
+    pruned = prune(ldm.denoiser, plan, fitted=FITTED)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, weights in FITTED.items():
+        held = pruned.get_submodule(name).map.parameters()
+        assert all(torch.equal(*pair) for pair in zip(held, weights, strict=True))
+
+
 def test_each_replacement_puts_its_stand_in_there(ldm: Pipeline, plan: Plan) -> None:
     pruned = prune(ldm.denoiser, plan, fitted=FITTED)
     kinds = {"identity": Identity, "zero": Zero, "shortcut": Shortcut, "pointwise": Pointwise}

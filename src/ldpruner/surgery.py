@@ -150,18 +150,18 @@ def _stand_in(original: nn.Module, edit: Edit, denoiser: nn.Module, fitted: Fitt
     _check_known(edit)
     like = next(original.parameters(), next(denoiser.parameters()))
     given = STAND_INS[edit.replacement] is Pointwise  # all of its weights: it need not draw random ones first
+    if given and edit.operator not in fitted:
+        raise PlanError(f"{edit.operator}: a pointwise stand-in needs fitted weights; prune the whole pipeline, which fits them.")
     try:
         with torch.device("meta" if given else like.device):
             stand_in = build(edit.replacement, dict(edit.options), original)
     except (KeyError, TypeError, AttributeError) as error:
         raise PlanError(f"{edit.operator}: the plan's options do not make a {edit.replacement!r} ({error}).") from error
-    if given and edit.operator not in fitted:
-        raise PlanError(f"{edit.operator}: a pointwise stand-in needs fitted weights; prune the whole pipeline, which fits them.")
+    correction = fitted.get(correction_of(edit.operator))
     if given:
-        stand_in.to_empty(device=like.device)
-    name = edit.operator if given else correction_of(edit.operator)
-    if given or ("correction" in edit.options and name in fitted):
-        set_fitted(stand_in, *fitted[name])
+        set_fitted(stand_in.to_empty(device=like.device), *fitted[edit.operator])
+    elif "correction" in edit.options and correction is not None:
+        set_fitted(stand_in, *correction)
     return stand_in.to(device=like.device, dtype=like.dtype).train(original.training)
 
 
